@@ -1,0 +1,115 @@
+"""Which code runs an operator: the C++ extension, Triton, or the plain torch reference."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "cpp", "triton", "reference")
+
+# dtype codes of csrc (fastvit::DType).
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_forced: ContextVar[str] = ContextVar("fastvit_backend", default="auto")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend inside the `with` block: "cpp", "triton", "reference", or "auto" to choose as usual.
+
+    Raises ValueError for another name.  A forced backend that can't take an input raises RuntimeError: nothing falls
+    back silently.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"name: {name!r} is not a backend; accepted: {', '.join(BACKENDS)}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@functools.cache
+def extension() -> ModuleType | None:
+    """The compiled extension `fastvit._C`, or None where it was not built.
+
+    torch is loaded by now, so the extension binds to torch's OpenMP runtime and shares its thread pool.
+    """
+    try:
+        return importlib.import_module("fastvit._C")
+    except ImportError:
+        return None
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def choose(x: Tensor, compute: torch.dtype, *others: Tensor | None) -> str:
+    """The backend for an operator whose main input is `x` and whose products run in `compute`."""
+    forced = _forced.get()
+    if forced != "auto":
+        able = {"reference": True, "cpp": _cpp_serves(x, compute, others), "triton": _triton_serves(x, compute)}
+        if not able[forced]:
+            raise RuntimeError(
+                f"backend {forced!r} was forced, but can't run here: device {x.device}, dtype {x.dtype}, "
+                f"computing in {compute}"
+            )
+        return forced
+    if _cpp_serves(x, compute, others):
+        return "cpp"
+    if x.is_cuda and _triton_serves(x, compute):
+        return "triton"
+    return "reference"
+
+
+def _cpp_serves(x: Tensor, compute: torch.dtype, others: tuple[Tensor | None, ...]) -> bool:
+    return (
+        x.device.type == "cpu"
+        and compute in (torch.float32, torch.bfloat16)
+        and x.dtype in _DTYPE_CODES
+        and all(o is None or o.dtype in _DTYPE_CODES for o in others)
+        and extension() is not None
+    )
+
+
+def _triton_serves(x: Tensor, compute: torch.dtype) -> bool:
+    return has_triton() and compute in _TRITON_DTYPES and x.device.type in ("cuda", "cpu")
+
+
+def triton_kernel(name: str) -> Any:
+    """The host launcher `fastvit.kernels.<name>.<name>`."""
+    return getattr(importlib.import_module(f"fastvit.kernels.{name}"), name)
+
+
+def code(dtype: torch.dtype) -> int:
+    return _DTYPE_CODES[dtype]
+
+
+def view(t: Tensor | None) -> Any:
+    """`t` as the extension sees it: pointer, dtype code, sizes, strides in elements.  None stays None."""
+    if t is None:
+        return None
+    assert (ext := extension()) is not None
+    return ext.View(t.data_ptr(), _DTYPE_CODES[t.dtype], tuple(t.shape), t.stride())
+
+
+def contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def rows(t: Tensor) -> Tensor:
+    """(..., K) as (M, K) with unit stride in the last dimension; a view wherever one exists."""
+    t = t.reshape(t.shape[:-1].numel(), t.shape[-1])
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()

@@ -1,0 +1,58 @@
+"""Argument checks of the operators: each names the argument, its value and what is accepted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "swiglu")
+NORMS = ("none", "layer", "rms")
+POOL_MODES = ("token", "avg", "norm_avg")
+
+
+def one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name}: {value!r} is not known; accepted: {', '.join(accepted)}")
+
+
+def floating(name: str, t: Tensor) -> None:
+    if not t.is_floating_point():
+        raise TypeError(f"{name}: dtype {t.dtype} is not accepted; give a floating-point tensor")
+
+
+def ndim(name: str, t: Tensor, accepted: int, layout: str) -> None:
+    if t.ndim != accepted:
+        raise ValueError(f"{name}: shape {tuple(t.shape)} has {t.ndim} dimensions; accepted: {layout}")
+
+
+def vector(name: str, t: Tensor | None, size: int) -> None:
+    """An optional floating-point vector of `size` elements."""
+    if t is None:
+        return
+    floating(name, t)
+    if t.ndim != 1 or t.shape[0] != size:
+        raise ValueError(f"{name}: shape {tuple(t.shape)} does not fit; accepted: ({size},)")
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    given = [(name, t) for name, t in tensors.items() if t is not None]
+    first_name, first = given[0]
+    for name, t in given[1:]:
+        if t.device != first.device:
+            raise ValueError(f"{name}: on {t.device}, but {first_name} is on {first.device}; put them on one device")
+
+
+def same_dtype(name: str, t: Tensor | None, expected: torch.dtype, of: str) -> None:
+    """As in torch's own linear: outside autocast, operands of one product have one dtype."""
+    if t is not None and t.dtype != expected:
+        raise TypeError(f"{name}: dtype {t.dtype}, but {of} is {expected}; convert one, or use torch.autocast")
+
+
+def norm(kind: str, weight: Tensor | None, bias: Tensor | None, size: int) -> None:
+    one_of("norm", kind, NORMS)
+    if kind == "none" and (weight is not None or bias is not None):
+        raise ValueError("norm: 'none' takes no norm_weight or norm_bias; accepted norms with them: layer, rms")
+    if kind == "rms" and bias is not None:
+        raise ValueError("norm_bias: RMSNorm has no bias; accepted: None")
+    vector("norm_weight", weight, size)
+    vector("norm_bias", bias, size)

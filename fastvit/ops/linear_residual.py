@@ -1,0 +1,145 @@
+"""linear_residual: linear, bias, LayerScale, DropPath and residual add as one operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from fastvit import reference
+from fastvit.ops import _backend, _checks
+from fastvit.ops._library import autocast_dtype, in_dtype, register
+
+
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor,
+    layer_scale: Tensor | None = None,
+    drop_path: Tensor | None = None,
+) -> Tensor:
+    """residual + drop_path * layer_scale * (x @ weight.T + bias), the end of both halves of a ViT block.
+
+    Args:
+        x: (..., K), float.
+        weight: (N, K), dtype of `x` (any float dtype under autocast).
+        bias: (N,).
+        residual: (..., N), of any float dtype: the residual stream may be wider than the products.
+        layer_scale: (N,), LayerScale's gamma (Touvron et al. 2021).
+        drop_path: (B,) with B = residual.shape[0], each sample's factor: 0 drops the branch, 1 / keep keeps it
+            (stochastic depth, Huang et al. 2016).
+
+    Returns:
+        Shape and dtype of `residual`.
+
+    Raises:
+        ValueError, TypeError: an argument's shape or dtype is not accepted.
+    """
+    if has_torch_function((x, weight, residual)):
+        return handle_torch_function(
+            linear_residual,
+            (x, weight, residual),
+            x,
+            weight,
+            bias,
+            residual=residual,
+            layer_scale=layer_scale,
+            drop_path=drop_path,
+        )
+    return _op(x, weight, bias, residual, layer_scale, drop_path, autocast_dtype(x))
+
+
+def _output(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    layer_scale: Tensor | None,
+    drop_path: Tensor | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """Check everything and return the empty result: also the operator's fake version."""
+    for name, t in (("x", x), ("weight", weight), ("residual", residual)):
+        _checks.floating(name, t)
+    _checks.ndim("weight", weight, 2, "(N, K)")
+    features, inner = weight.shape
+    if x.ndim < 1 or x.shape[-1] != inner:
+        raise ValueError(f"x: shape {tuple(x.shape)} does not fit weight {tuple(weight.shape)}; accepted: (..., K)")
+    if residual.shape != (*x.shape[:-1], features):
+        raise ValueError(
+            f"residual: shape {tuple(residual.shape)} does not fit; accepted: {(*x.shape[:-1], features)}"
+        )
+    _checks.vector("bias", bias, features)
+    _checks.vector("layer_scale", layer_scale, features)
+    _checks.vector("drop_path", drop_path, residual.shape[0])
+    if dtype is None:
+        _checks.same_dtype("weight", weight, x.dtype, "x")
+        _checks.same_dtype("bias", bias, x.dtype, "x")
+    _checks.same_device(
+        x=x, weight=weight, bias=bias, residual=residual, layer_scale=layer_scale, drop_path=drop_path
+    )
+    return residual.new_empty(residual.shape)
+
+
+def _kernel(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    layer_scale: Tensor | None,
+    drop_path: Tensor | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    out = _output(x, weight, bias, residual, layer_scale, drop_path, dtype)
+    if out.numel() == 0:
+        return out
+    compute = dtype or x.dtype
+    backend = _backend.choose(x, compute, weight, bias, residual, layer_scale, drop_path)
+    if backend == "cpp":
+        view, contiguous, rows = _backend.view, _backend.contiguous, _backend.rows
+        # Named, so that a contiguous copy lives until the call returns.
+        tensors = [rows(x), contiguous(weight), contiguous(bias), rows(residual), contiguous(layer_scale)]
+        factors = None if drop_path is None else drop_path.float().contiguous()
+        out_rows = rows(out)
+        _backend.extension().linear_residual(  # type: ignore[union-attr]
+            view(out_rows),
+            *map(view, tensors),
+            view(factors),
+            out_rows.shape[0] // residual.shape[0],
+            _backend.code(compute),
+            torch.get_num_threads(),
+        )
+        return out
+    if backend == "triton":
+        if dtype is not None:
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return _backend.triton_kernel("linear_residual")(
+            x, weight, bias, residual=residual, layer_scale=layer_scale, drop_path=drop_path
+        )
+    return _reference(x, weight, bias, residual, layer_scale, drop_path, dtype)
+
+
+def _reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    layer_scale: Tensor | None,
+    drop_path: Tensor | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    with in_dtype(dtype, x.device):
+        return reference.linear_residual(
+            x, weight, bias, residual=residual, layer_scale=layer_scale, drop_path=drop_path
+        )
+
+
+_op = register(
+    "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? layer_scale, Tensor? drop_path, "
+    "ScalarType? dtype=None) -> Tensor",
+    kernel=_kernel,
+    fake=_output,
+    reference=_reference,
+)

@@ -1,0 +1,166 @@
+"""norm_linear: LayerNorm or RMSNorm, linear, bias and activation as one operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from fastvit import reference
+from fastvit.ops import _backend, _checks
+from fastvit.ops._library import autocast_dtype, in_dtype, register
+
+
+def norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "layer",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str = "none",
+) -> Tensor:
+    """activation(norm(x) @ weight.T + bias), computed without writing norm(x).
+
+    Args:
+        x: (..., K), float.
+        weight: (N, K), dtype of `x` (any float dtype under autocast).
+        bias: (N,).
+        norm: "layer" (Ba et al. 2016), "rms" (Zhang and Sennrich 2019) or "none", over the last dimension.
+        norm_weight, norm_bias: (K,), of any float dtype.
+        eps: added to the variance (mean square for "rms").
+        activation: "none", "gelu" (erf), "gelu_tanh", "quick_gelu" (x * sigmoid(1.702 x)), "silu", "relu", or "swiglu"
+            (Shazeer 2020), for which `weight` packs [gate; value] in (2H, K) and the result is silu(gate) * value.
+
+    Returns:
+        (..., N), or (..., N / 2) for "swiglu"; dtype of `x`, or autocast's.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype or name is not accepted.
+    """
+    if has_torch_function((x, weight)):
+        return handle_torch_function(
+            norm_linear,
+            (x, weight),
+            x,
+            weight,
+            bias,
+            norm=norm,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            eps=eps,
+            activation=activation,
+        )
+    return _op(x, weight, bias, norm_weight, norm_bias, norm, eps, activation, autocast_dtype(x))
+
+
+def _output(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm: str,
+    eps: float,
+    activation: str,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """Check everything and return the empty result: also the operator's fake version."""
+    _checks.floating("x", x)
+    _checks.floating("weight", weight)
+    _checks.ndim("weight", weight, 2, "(N, K)")
+    if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x: shape {tuple(x.shape)} does not fit weight {tuple(weight.shape)}; accepted: (..., K)")
+    _checks.one_of("activation", activation, _checks.ACTIVATIONS)
+    features = weight.shape[0]
+    _checks.vector("bias", bias, features)
+    _checks.norm(norm, norm_weight, norm_bias, weight.shape[1])
+    if activation == "swiglu":
+        if features % 2:
+            raise ValueError(f"weight: {features} rows can't be [gate; value]; accepted for swiglu: an even number")
+        features //= 2
+    if dtype is None:
+        _checks.same_dtype("weight", weight, x.dtype, "x")
+        _checks.same_dtype("bias", bias, x.dtype, "x")
+    _checks.same_device(x=x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    return x.new_empty((*x.shape[:-1], features), dtype=dtype or x.dtype)
+
+
+def _kernel(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm: str,
+    eps: float,
+    activation: str,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    out = _output(x, weight, bias, norm_weight, norm_bias, norm, eps, activation, dtype)
+    if out.numel() == 0:
+        return out
+    backend = _backend.choose(x, out.dtype, weight, bias, norm_weight, norm_bias)
+    if backend == "cpp":
+        view, contiguous = _backend.view, _backend.contiguous
+        # Named, so that a contiguous copy lives until the call returns.
+        tensors = [_backend.rows(x), *map(contiguous, (weight, bias, norm_weight, norm_bias))]
+        _backend.extension().norm_linear(  # type: ignore[union-attr]
+            view(_backend.rows(out)),
+            *map(view, tensors),
+            _checks.NORMS.index(norm),
+            eps,
+            _checks.ACTIVATIONS.index(activation),
+            _backend.code(out.dtype),
+            torch.get_num_threads(),
+        )
+        return out
+    if backend == "triton":
+        if dtype is not None:
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return _backend.triton_kernel("norm_linear")(
+            x,
+            weight,
+            bias,
+            norm=norm,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            eps=eps,
+            activation=activation,
+        ).to(out.dtype)
+    return _reference(x, weight, bias, norm_weight, norm_bias, norm, eps, activation, dtype)
+
+
+def _reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm: str,
+    eps: float,
+    activation: str,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    with in_dtype(dtype, x.device):
+        return reference.norm_linear(
+            x,
+            weight,
+            bias,
+            norm=norm,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            eps=eps,
+            activation=activation,
+        )
+
+
+_op = register(
+    "norm_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, str norm, float eps, "
+    "str activation, ScalarType? dtype=None) -> Tensor",
+    kernel=_kernel,
+    fake=_output,
+    reference=_reference,
+)

@@ -1,0 +1,183 @@
+"""patch_embed: normalise, cut into patches, project, add positions, write after the prefix tokens: one operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from fastvit import reference
+from fastvit.ops import _backend, _checks
+from fastvit.ops._library import autocast_dtype, in_dtype, register
+
+
+def patch_embed(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pos_embed: Tensor | None = None,
+    prefix: Tensor | None = None,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
+) -> Tensor:
+    """Image to tokens (Dosovitskiy et al. 2020, section 3.1).
+
+    Args:
+        image: (B, C, H, W), float or uint8 (then divided by 255).  Any strides, channels-last too.
+        weight: (D, C, P1, P2), a Conv2d weight whose stride is its kernel; P1 divides H and P2 divides W.  Dtype of a
+            float `image` (any float dtype under autocast).
+        bias: (D,).
+        pos_embed: (N, D) or (1, N, D) with N = H / P1 * W / P2, added to the patch tokens.
+        prefix: (R, D) or (1, R, D), class and register tokens with their own positions added: the first R tokens.
+        mean, std: C numbers; the product sees (image - mean) / std.
+
+    Returns:
+        (B, R + N, D), contiguous; dtype of a float `image`, else of `weight`; or autocast's.
+
+    Raises:
+        ValueError, TypeError: an argument's shape or dtype is not accepted.
+    """
+    if has_torch_function((image, weight)):
+        return handle_torch_function(
+            patch_embed,
+            (image, weight),
+            image,
+            weight,
+            bias,
+            pos_embed=pos_embed,
+            prefix=prefix,
+            mean=mean,
+            std=std,
+        )
+    return _op(
+        image,
+        weight,
+        bias,
+        pos_embed.squeeze(0) if pos_embed is not None and pos_embed.ndim == 3 else pos_embed,
+        prefix.squeeze(0) if prefix is not None and prefix.ndim == 3 else prefix,
+        _numbers(mean),
+        _numbers(std),
+        autocast_dtype(weight),
+    )
+
+
+def _numbers(values: Sequence[float] | Tensor | None) -> list[float] | None:
+    return None if values is None else [float(v) for v in values]
+
+
+def _output(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix: Tensor | None,
+    mean: list[float] | None,
+    std: list[float] | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """Check everything and return the empty result: also the operator's fake version."""
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise TypeError(f"image: dtype {image.dtype} is not accepted; give a floating-point or uint8 tensor")
+    _checks.floating("weight", weight)
+    _checks.ndim("image", image, 4, "(B, C, H, W)")
+    _checks.ndim("weight", weight, 4, "(D, C, P1, P2)")
+    batch, channels, height, width = image.shape
+    dim, weight_channels, patch_h, patch_w = weight.shape
+    if channels != weight_channels:
+        raise ValueError(f"image: {channels} channels, but weight has {weight_channels}; accepted: {weight_channels}")
+    if height % patch_h or width % patch_w:
+        raise ValueError(f"image: {height} x {width} is no multiple of the patch; accepted: {patch_h}i x {patch_w}j")
+    patches = (height // patch_h) * (width // patch_w)
+    _checks.vector("bias", bias, dim)
+    for name, t, count in (("pos_embed", pos_embed, patches), ("prefix", prefix, None)):
+        if t is None:
+            continue
+        _checks.floating(name, t)
+        if t.ndim != 2 or t.shape[1] != dim or (count is not None and t.shape[0] != count):
+            raise ValueError(f"{name}: shape {tuple(t.shape)} does not fit; accepted: ({count or 'R'}, {dim})")
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != channels:
+            raise ValueError(f"{name}: {len(values)} numbers; accepted: {channels}, one per channel")
+    if std is not None and 0.0 in std:
+        raise ValueError(f"std: {std} has a zero; accepted: non-zero numbers")
+    if dtype is None:
+        if image.is_floating_point():
+            _checks.same_dtype("weight", weight, image.dtype, "image")
+        _checks.same_dtype("bias", bias, weight.dtype, "weight")
+    _checks.same_device(image=image, weight=weight, bias=bias, pos_embed=pos_embed, prefix=prefix)
+    tokens = patches + (0 if prefix is None else prefix.shape[0])
+    return weight.new_empty((batch, tokens, dim), dtype=dtype or weight.dtype)
+
+
+def _kernel(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix: Tensor | None,
+    mean: list[float] | None,
+    std: list[float] | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    out = _output(image, weight, bias, pos_embed, prefix, mean, std, dtype)
+    if out.numel() == 0:
+        return out
+    backend = _backend.choose(image, out.dtype, weight, bias, pos_embed, prefix)
+    if backend == "cpp":
+        scale, shift = _channel_affine(image, mean, std)
+        tensors = [image, *map(_backend.contiguous, (weight, bias, pos_embed, prefix)), scale, shift]
+        _backend.extension().patch_embed(  # type: ignore[union-attr]
+            _backend.view(out),
+            *map(_backend.view, tensors),
+            _backend.code(out.dtype),
+            torch.get_num_threads(),
+        )
+        return out
+    if backend == "triton":
+        if dtype is not None:
+            image = image.to(dtype) if image.is_floating_point() else image
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return _backend.triton_kernel("patch_embed")(
+            image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std
+        )
+    return _reference(image, weight, bias, pos_embed, prefix, mean, std, dtype)
+
+
+def _channel_affine(
+    image: Tensor, mean: list[float] | None, std: list[float] | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(image - mean) / std as image * scale + shift, with a uint8 image's 1 / 255 in the scale."""
+    if mean is None and std is None and image.is_floating_point():
+        return None, None
+    sigma = torch.tensor(std if std is not None else [1.0] * image.shape[1], dtype=torch.float64)
+    mu = torch.tensor(mean if mean is not None else [0.0] * image.shape[1], dtype=torch.float64)
+    unit = 255.0 if image.dtype == torch.uint8 else 1.0
+    return (1.0 / (unit * sigma)).float(), (-mu / sigma).float()
+
+
+def _reference(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix: Tensor | None,
+    mean: list[float] | None,
+    std: list[float] | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    with in_dtype(dtype, image.device):
+        return reference.patch_embed(
+            image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std
+        ).to(dtype or weight.dtype)
+
+
+_op = register(
+    "patch_embed(Tensor image, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, float[]? mean, "
+    "float[]? std, ScalarType? dtype=None) -> Tensor",
+    kernel=_kernel,
+    fake=_output,
+    reference=_reference,
+)
