@@ -1,0 +1,125 @@
+"""Multi-head self-attention, and attention pooling with a learned query."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvit import ops
+from fastvit.nn._spelling import make_norm, norm_arguments
+from fastvit.nn.mlp import MLP, add_branch
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention on a packed qkv projection.  Keys as timm's: `qkv`, `q_norm`, `k_norm`, `proj`.
+
+    Args:
+        dim: channels, a multiple of num_heads.
+        num_heads: heads.
+        qkv_bias, proj_bias: give the projections a bias.
+        qk_norm: normalise q and k per head (Dehghani et al. 2023) with `norm_layer`.
+        attn_drop, proj_drop: dropout probabilities in training.
+        norm_layer: "layer", "rms", or a callable that takes the width; of q_norm and k_norm.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: str | type[nn.Module] = "layer",
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads: {num_heads}; accepted: a divisor of dim={dim}")
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = make_norm(norm_layer, self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = make_norm(norm_layer, self.head_dim) if qk_norm else nn.Identity()
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """x (B, N, dim) -> (B, N, dim); attn_mask: additive, broadcastable to (B, num_heads, N, N)."""
+        x = self.attend(x, nn.Identity(), attn_mask)
+        return self.proj_drop(ops.norm_linear(x, self.proj.weight, self.proj.bias, norm="none"))
+
+    def add_to(
+        self,
+        residual: Tensor,
+        norm: nn.Module,
+        layer_scale: Tensor | None = None,
+        drop_path: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor:
+        """residual + drop_path * layer_scale * self(norm(residual)) in three operators."""
+        x = self.attend(residual, norm, attn_mask)
+        return add_branch(x, self.proj, self.proj_drop, residual, layer_scale, drop_path)
+
+    def attend(self, x: Tensor, norm: nn.Module, attn_mask: Tensor | None = None) -> Tensor:
+        """norm(x) -> qkv -> heads, all but the output projection: (B, N, dim)."""
+        arguments = norm_arguments(norm, x.dtype)
+        if arguments is None:
+            x, arguments = norm(x), {"norm": "none"}
+        qkv = ops.norm_linear(x, self.qkv.weight, self.qkv.bias, **arguments)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.training and self.attn_drop.p > 0.0:
+            heads = (t.transpose(1, 2) for t in (q, k, v))
+            out = F.scaled_dot_product_attention(*heads, attn_mask, self.attn_drop.p, scale=self.scale)
+            return out.transpose(1, 2).flatten(2)
+        return ops.attention(q, k, v, scale=self.scale, bias=attn_mask)
+
+
+class AttentionPool(nn.Module):
+    """Attention pooling: a learned query attends to all tokens, then an MLP (Lee et al. 2019; SigLIP, Zhai et al. 2023).
+
+    Keys as timm's AttentionPoolLatent: `latent`, `q`, `kv`, `proj`, `norm`, `mlp`.
+
+    Args:
+        in_features: channels, a multiple of num_heads.
+        num_heads: heads.
+        mlp_ratio: hidden width of the MLP over in_features.
+        qkv_bias: give q and kv a bias.
+        act_layer: activation of the MLP.
+        norm_eps: epsilon of the LayerNorm before the MLP.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_heads: int = 8,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        act_layer: str | type[nn.Module] = "gelu",
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or in_features % num_heads:
+            raise ValueError(f"num_heads: {num_heads}; accepted: a divisor of in_features={in_features}")
+        self.num_heads = num_heads
+        self.head_dim = in_features // num_heads
+        self.latent = nn.Parameter(torch.zeros(1, 1, in_features))
+        self.q = nn.Linear(in_features, in_features, bias=qkv_bias)
+        self.kv = nn.Linear(in_features, 2 * in_features, bias=qkv_bias)
+        self.proj = nn.Linear(in_features, in_features)
+        self.norm = nn.LayerNorm(in_features, eps=norm_eps)
+        self.mlp = MLP(in_features, int(in_features * mlp_ratio), act_layer=act_layer)
+        nn.init.trunc_normal_(self.latent, std=in_features**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, in_features) -> (B, in_features)."""
+        q = ops.norm_linear(self.latent, self.q.weight, self.q.bias, norm="none")
+        q = q.expand(x.shape[0], -1, -1).unflatten(-1, (self.num_heads, self.head_dim))
+        kv = ops.norm_linear(x, self.kv.weight, self.kv.bias, norm="none")
+        k, v = kv.unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(2)
+        x = ops.norm_linear(ops.attention(q, k, v), self.proj.weight, self.proj.bias, norm="none")
+        return self.mlp.add_to(x, self.norm)[:, 0]
