@@ -41,7 +41,9 @@ def attention(
     return _op(q, k, v, scale, bias, autocast_dtype(q))
 
 
-def attention_qkvpacked(qkv: Tensor, num_heads: int, *, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
+def attention_qkvpacked(
+    qkv: Tensor, num_heads: int, *, scale: float | None = None, bias: Tensor | None = None
+) -> Tensor:
     """`attention` of a packed projection.
 
     Args:

@@ -68,18 +68,14 @@ def _output(
     if x.ndim < 1 or x.shape[-1] != inner:
         raise ValueError(f"x: shape {tuple(x.shape)} does not fit weight {tuple(weight.shape)}; accepted: (..., K)")
     if residual.shape != (*x.shape[:-1], features):
-        raise ValueError(
-            f"residual: shape {tuple(residual.shape)} does not fit; accepted: {(*x.shape[:-1], features)}"
-        )
+        raise ValueError(f"residual: shape {tuple(residual.shape)} does not fit; accepted: {(*x.shape[:-1], features)}")
     _checks.vector("bias", bias, features)
     _checks.vector("layer_scale", layer_scale, features)
     _checks.vector("drop_path", drop_path, residual.shape[0])
     if dtype is None:
         _checks.same_dtype("weight", weight, x.dtype, "x")
         _checks.same_dtype("bias", bias, x.dtype, "x")
-    _checks.same_device(
-        x=x, weight=weight, bias=bias, residual=residual, layer_scale=layer_scale, drop_path=drop_path
-    )
+    _checks.same_device(x=x, weight=weight, bias=bias, residual=residual, layer_scale=layer_scale, drop_path=drop_path)
     return residual.new_empty(residual.shape)
 
 

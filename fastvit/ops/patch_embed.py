@@ -169,9 +169,9 @@ def _reference(
     dtype: torch.dtype | None,
 ) -> Tensor:
     with in_dtype(dtype, image.device):
-        return reference.patch_embed(
-            image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std
-        ).to(dtype or weight.dtype)
+        return reference.patch_embed(image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std).to(
+            dtype or weight.dtype
+        )
 
 
 _op = register(

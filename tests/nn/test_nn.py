@@ -1,0 +1,151 @@
+"""Modules against the same formula in plain torch, in float64 and in training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastvit import nn as fnn
+from tests import nasty
+from tests.tolerances import assert_close
+
+
+def plain_block(block: fnn.Block, x: torch.Tensor) -> torch.Tensor:
+    """The block as the papers write it, module by module."""
+    attn = block.attn
+    b, n, c = x.shape
+    q, k, v = attn.qkv(block.norm1(x)).view(b, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v)
+    x = x + block.ls1(attn.proj(out.transpose(1, 2).reshape(b, n, c)))
+    hidden = block.mlp.fc1(block.norm2(x))
+    if isinstance(block.mlp, fnn.SwiGLU):
+        gate, value = hidden.chunk(2, -1)
+        hidden = F.silu(gate) * value
+    else:
+        hidden = block.mlp.act(hidden)
+    return x + block.ls2(block.mlp.fc2(hidden))
+
+
+class OwnNorm(torch.nn.Module):
+    """A norm that the operators lack: per-token L2 normalisation."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.normalize(x, dim=-1) * self.weight
+
+
+OPTIONS = {
+    "vit": {"qkv_bias": True},
+    "layer_scale": {"init_values": 0.1},
+    "qk_norm": {"qk_norm": True},
+    "rms": {"norm_layer": "rms", "qk_norm": True, "proj_bias": False},
+    "quick_gelu": {"act_layer": "quick_gelu"},
+    "own_activation": {"act_layer": torch.nn.Mish},
+    "own_norm": {"norm_layer": OwnNorm},
+    "swiglu": {"mlp_layer": fnn.SwiGLU, "mlp_ratio": 2.0},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_block(options, dtype):
+    block = nasty.randomize(fnn.Block(64, 2, **options)).to(dtype).eval()
+    x = nasty.tokens(2, 50, 64).to(dtype)
+    with torch.no_grad():
+        actual, eager = block(x), plain_block(block, x)
+        truth = plain_block(block.double(), x.double())
+    assert_close(actual, truth, eager=eager)
+
+
+def test_block_gradients():
+    block = nasty.randomize(fnn.Block(64, 2, qkv_bias=True, init_values=0.1, qk_norm=True)).double()
+    x = nasty.tokens(2, 5, 64)
+    plain_block(block, x).square().sum().backward()
+    expected = [p.grad.clone() for p in block.parameters()]
+    block.zero_grad()
+    block.float()(x.float()).square().sum().backward()
+    for p, e in zip(block.parameters(), expected, strict=True):
+        assert_close(p.grad, e)
+
+
+def test_attention_mask():
+    attn = nasty.randomize(fnn.Attention(64, 2))
+    x = nasty.tokens(2, 5, 64, massive=0).float()
+    mask = torch.zeros(2, 1, 1, 5)
+    mask[..., 3:] = float("-inf")
+    changed = x.clone()
+    changed[:, 3:] += 1.0
+    assert torch.equal(attn(x, mask)[:, :3], attn(changed, mask)[:, :3])
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    torch.manual_seed(0)
+    block = nasty.randomize(fnn.Block(32, 2, drop_path=0.5)).train()
+    x = torch.randn(64, 3, 32)
+    factors = block.drop_path1.factors(x)
+    assert set(factors.tolist()) == {0.0, 2.0}
+    out = block(x)
+    untouched = (out == x).flatten(1).all(1)
+    assert 4 <= untouched.sum() <= 32  # both branches dropped: a quarter of 64
+    assert block.eval().drop_path1.factors(x) is None
+    assert_close(block(x), plain_block(block.double(), x.double()))
+
+
+@pytest.mark.parametrize("where", [{"attn_drop": 0.5}, {"proj_drop": 0.5}])
+def test_dropout_acts_in_training_only(where):
+    block = nasty.randomize(fnn.Block(32, 2, init_values=0.3, **where))
+    x = torch.randn(2, 5, 32)
+    block.train()
+    assert not torch.equal(block(x), block(x))
+    block.eval()
+    assert torch.equal(block(x), block(x))
+
+
+def test_attention_pool():
+    pool = nasty.randomize(fnn.AttentionPool(64, 2))
+    x = nasty.tokens(3, 50, 64, massive=0)
+    p = pool.double()
+    q = p.q(p.latent.expand(3, -1, -1)).view(3, 1, 2, 32).transpose(1, 2)
+    k, v = p.kv(x).view(3, 50, 2, 2, 32).permute(2, 0, 3, 1, 4)
+    pooled = p.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(3, 1, 64))
+    truth = (pooled + p.mlp.fc2(F.gelu(p.mlp.fc1(p.norm(pooled)))))[:, 0]
+    assert_close(pool.float()(x.float()), truth)
+
+
+def test_patch_embed_accepts_uint8_and_any_size():
+    embed = nasty.randomize(fnn.PatchEmbed(32, 8, in_chans=12, embed_dim=24, mean=[0.5] * 12, std=[0.25] * 12))
+    image = torch.randint(0, 256, (2, 12, 16, 40), dtype=torch.uint8)
+    normalised = (image.double() / 255 - 0.5) / 0.25
+    truth = embed.double().proj(normalised).flatten(2).transpose(1, 2)
+    assert_close(embed.float()(image), truth)
+
+
+def test_layers_alone():
+    x = torch.randn(2, 5, 8)
+    scale = fnn.LayerScale(8, 0.5)
+    assert torch.equal(scale(x), x * 0.5)
+    assert torch.equal(fnn.DropPath(0.5).eval()(x), x)
+    assert torch.equal(fnn.QuickGELU()(x), x * torch.sigmoid(1.702 * x))
+    mlp = nasty.randomize(fnn.MLP(8, 12, 6)).double()
+    assert_close(mlp.float()(x), mlp.double().fc2(F.gelu(mlp.fc1(x.double()))))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fnn.Attention(64, 5), "num_heads: 5"),
+        (lambda: fnn.AttentionPool(64, 0), "num_heads: 0"),
+        (lambda: fnn.Block(64, 2, act_layer="swish"), "act_layer: 'swish'"),
+        (lambda: fnn.Block(64, 2, norm_layer="batch"), "norm_layer: 'batch'"),
+        (lambda: fnn.SwiGLU(8, 15), "hidden_features: 15"),
+        (lambda: fnn.DropPath(1.0), "drop_prob: 1.0"),
+        (lambda: fnn.PatchEmbed(224, 15), "img_size"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
