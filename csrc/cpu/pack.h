@@ -1,0 +1,86 @@
+// Packing: B of a product laid out in the order in which the micro-kernel reads it.
+//
+// A panel holds `vectors` x kLanes columns. Step s of it is one contiguous line of that many 32-bit
+// units, a unit being kPair consecutive k of one column (f32: 1, bf16: 2). Packing transposes in
+// registers, kLanes columns by kLanes steps at a time, and converts the dtype on the way. It costs
+// about as much as 4 rows of the product, which is why nothing packed is ever kept between calls.
+
+#pragma once
+
+#include "simd.h"
+
+namespace fastvit::cpu::FASTVIT_ISA {
+
+// kLanes columns of a panel. Column j is `rows[j * ld]`, k consecutive elements; columns from
+// `count` on are zeros. Step s goes to panel + s * line (in elements).
+template <class P, class T>
+static void pack_columns(const T* rows, int64_t ld, int64_t count, int64_t k,
+                         typename P::Element* panel, int64_t line) {
+  constexpr int64_t kBlock = kLanes * P::kPair;
+  for (int64_t k0 = 0; k0 < k; k0 += kBlock) {
+    f32v r[kLanes];
+    const int64_t left = k - k0;
+    if (count >= kLanes && left >= kBlock) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) r[j] = P::load_steps(rows + j * ld + k0, kBlock);
+    } else {
+      for (int j = 0; j < kLanes; ++j) {
+        r[j] = j < count ? P::load_steps(rows + j * ld + k0, left) : zero();
+      }
+    }
+    transpose(r);
+    const int64_t steps = min(kLanes, ceil_div(left, P::kPair));
+    typename P::Element* out = panel + k0 / P::kPair * line;
+    if (steps == kLanes) {
+#pragma GCC unroll 16
+      for (int s = 0; s < kLanes; ++s) store(reinterpret_cast<float*>(out + s * line), r[s]);
+    } else {
+      float lines[kLanes][kLanes];
+      for (int s = 0; s < kLanes; ++s) store(lines[s], r[s]);
+      for (int64_t s = 0; s < steps; ++s) {
+        store(reinterpret_cast<float*>(out + s * line), load(lines[s]));
+      }
+    }
+  }
+}
+
+// The other orientation: row s of `rows` is k == s, its elements are the columns.
+template <class P, class T>
+static void pack_rows(const T* rows, int64_t ld, int64_t count, int64_t k,
+                      typename P::Element* panel, int64_t line) {
+  const auto row = [&](int64_t s) {
+    if (s >= k) return zero();
+    return count >= kLanes ? load(rows + s * ld) : load(rows + s * ld, count);
+  };
+  for (int64_t s = 0; s < k; s += P::kPair) {
+    f32v units;
+    if constexpr (P::kPair == 1) {
+      units = row(s);
+    } else {
+      units = P::interleave(row(s), row(s + 1));
+    }
+    store(reinterpret_cast<float*>(panel + s / P::kPair * line), units);
+  }
+}
+
+template <class P>
+static void pack_columns(const void* rows, DType dtype, int64_t offset, int64_t ld, int64_t count,
+                         int64_t k, typename P::Element* panel, int64_t line) {
+  if (dtype == DType::kF32) {
+    pack_columns<P>(static_cast<const float*>(rows) + offset, ld, count, k, panel, line);
+  } else {
+    pack_columns<P>(static_cast<const bf16*>(rows) + offset, ld, count, k, panel, line);
+  }
+}
+
+template <class P>
+static void pack_rows(const void* rows, DType dtype, int64_t offset, int64_t ld, int64_t count,
+                      int64_t k, typename P::Element* panel, int64_t line) {
+  if (dtype == DType::kF32) {
+    pack_rows<P>(static_cast<const float*>(rows) + offset, ld, count, k, panel, line);
+  } else {
+    pack_rows<P>(static_cast<const bf16*>(rows) + offset, ld, count, k, panel, line);
+  }
+}
+
+}  // namespace fastvit::cpu::FASTVIT_ISA

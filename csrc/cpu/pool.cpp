@@ -1,0 +1,5 @@
+// fastvit: per-isa
+#include "product.h"
+namespace fastvit::cpu::FASTVIT_ISA {
+void pool(const PoolArgs&) {}
+}

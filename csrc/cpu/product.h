@@ -1,0 +1,219 @@
+// out = epilogue(source @ weight^T): the one matrix product, and the one micro-kernel, of fastvit.
+//
+//   for each block of rows of A                        (bounded scratch, usually one block)
+//     all threads: source fills the packed rows of A   LayerNorm, im2col or a copy happens here
+//     all threads: for each (row chunk, panel) task
+//       for each chunk of K                            sized so that the packed panel stays in L2
+//         pack the panel's weights                     64 columns x kc
+//         for each group of 6 rows
+//           micro-kernel: 6 x 64 tile                  24 accumulators, B from L2, A from L1
+//           after the last chunk: epilogue(tile)       bias, activation, residual, store
+//
+// Why so: the panel is stationary and A streams past it at 24 bytes a step, which even L3 delivers,
+// so the same loop serves 1 and 100,000 rows. Weights are packed inside the call: it costs as much
+// as kPackRows rows, needs one panel of memory per thread, and can never be stale.
+
+#pragma once
+
+#include <omp.h>
+
+#include "pack.h"
+#include "runtime.h"
+#include "simd.h"
+
+namespace fastvit::cpu::FASTVIT_ISA {
+
+// ---- Micro-kernel -------------------------------------------------------------------------------
+
+// c[MR][NV * kLanes] (+)= a[MR][steps] * b[steps][NV * kLanes]
+template <class P, int MR, int NV>
+static void micro_kernel(int64_t steps, const typename P::Element* a, int64_t lda,
+                         const typename P::Element* b, float* c, int64_t ldc, bool accumulate) {
+  f32v acc[MR][NV];
+#pragma GCC unroll 6
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[i][j] = accumulate ? load(c + i * ldc + j * kLanes) : zero();
+  }
+#pragma GCC unroll 4
+  for (int64_t s = 0; s < steps; ++s) {
+    typename P::Unit line[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) line[j] = P::load_unit(b + j * kLanes * P::kPair);
+#pragma GCC unroll 6
+    for (int i = 0; i < MR; ++i) {
+      const typename P::Unit x = P::broadcast(a + i * lda);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) acc[i][j] = P::mac(x, line[j], acc[i][j]);
+    }
+    a += P::kPair;
+    b += NV * kLanes * P::kPair;
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) store(c + i * ldc + j * kLanes, acc[i][j]);
+  }
+}
+
+// The kernels of a product by [rows - 1][vectors - 1].
+template <class P>
+struct MicroKernels {
+  using Function = void (*)(int64_t steps, const typename P::Element* a, int64_t lda,
+                            const typename P::Element* b, float* c, int64_t ldc, bool accumulate);
+
+  template <int MR>
+  struct Row {
+    Function at[kVectors];
+    constexpr Row() : at{} {
+      at[0] = micro_kernel<P, MR, 1>;
+      at[1] = micro_kernel<P, MR, 2>;
+      if constexpr (kVectors == 4) {
+        at[2] = micro_kernel<P, MR, 3>;
+        at[3] = micro_kernel<P, MR, 4>;
+      }
+    }
+  };
+
+  FASTVIT_INLINE Function get(int64_t rows, int64_t vectors) {
+    static constexpr Row<1> k1;
+    static constexpr Row<2> k2;
+    static constexpr Row<3> k3;
+    static constexpr Row<4> k4;
+    static constexpr Row<5> k5;
+    static constexpr Row<6> k6;
+    static constexpr const Function* kTable[kRows] = {k1.at, k2.at, k3.at, k4.at, k5.at, k6.at};
+    return kTable[rows - 1][vectors - 1];
+  }
+};
+
+// ---- Work splitting -----------------------------------------------------------------------------
+
+constexpr double kPackRows = 4.5;  // what packing costs, in rows of product (measured)
+
+// Into how many chunks to split `rows` so that `panels` x chunks tasks keep all threads busy. The
+// last tasks to finish cost a fraction of a task on top: cores are never equally fast.
+FASTVIT_INLINE int64_t split_rows(int64_t rows, int64_t panels, int threads) {
+  if (threads == 1) return 1;
+  int64_t best = 1;
+  double best_cost = 0;
+  for (int64_t chunks = 1; chunks <= ceil_div(rows, 4 * kRows) && chunks <= 64; ++chunks) {
+    const double task = static_cast<double>(ceil_div(rows, chunks)) + kPackRows;
+    const double cost = (static_cast<double>(ceil_div(panels * chunks, threads)) + 0.25) * task;
+    if (chunks == 1 || cost < best_cost) best = chunks, best_cost = cost;
+  }
+  return best;
+}
+
+// A row stride in bytes that is an odd number of cache lines: six rows never share a cache set.
+FASTVIT_INLINE int64_t row_bytes(int64_t bytes) {
+  const int64_t lines = ceil_div(bytes, 64);
+  return (lines | 1) * 64;
+}
+
+// ---- Driver -------------------------------------------------------------------------------------
+
+struct Weight {
+  const void* data;  // (n, k), or (2 n, k) when gated
+  DType dtype;
+  int64_t ld;
+  int64_t n, k;
+  bool gated;  // rows n.. are the values of a gated unit: panels hold gates, then their values
+
+  int64_t panel_columns() const { return gated ? kPanel / 2 : kPanel; }
+};
+
+// Columns col .. col + cols of the weight, k0 .. k0 + k. Returns the panel's width in vectors.
+template <class P>
+static int64_t pack_panel(const Weight& w, int64_t col, int64_t cols, int64_t k0, int64_t k,
+                          typename P::Element* panel) {
+  const int64_t half = ceil_div(cols, kLanes);
+  const int64_t vectors = w.gated ? 2 * half : half;
+  const int64_t line = vectors * kLanes * P::kPair;
+  for (int64_t v = 0; v < vectors; ++v) {
+    const int64_t first = (v % half) * kLanes;
+    const int64_t row = col + first + (v >= half ? w.n : 0);
+    pack_columns<P>(w.data, w.dtype, row * w.ld + k0, w.ld, cols - first, k,
+                    panel + v * kLanes * P::kPair, line);
+  }
+  return vectors;
+}
+
+// source(row, out): writes the k elements of a row of A.
+// epilogue(tile, row, rows, col, cols): takes rows x cols results; a tile's rows are kPanel apart.
+template <class P, class Source, class Epilogue>
+static void product(int64_t m, const Weight& w, int requested_threads, const Source& source,
+                    const Epilogue& epilogue) {
+  using Element = typename P::Element;
+  if (m == 0 || w.n == 0) return;
+  const int threads = usable_threads(requested_threads);
+  const CacheSizes& caches = cache_sizes();
+  constexpr int64_t kUnit = kLanes * P::kPair;
+
+  // K chunks: a packed panel takes half of L2, the rest is for A, C and the weights being read.
+  const int64_t most_k = max(caches.l2 / 2 / (kPanel * static_cast<int64_t>(sizeof(Element))), kUnit);
+  const int64_t k_chunks = max(ceil_div(w.k, most_k), 1);
+  const int64_t kc = round_up(ceil_div(w.k, k_chunks), kUnit);
+
+  // Row blocks: packed A stays in a share of L3.
+  const int64_t lda = row_bytes(w.k * sizeof(Element)) / sizeof(Element);
+  const int64_t a_bytes = max(min(caches.l3 / 2, int64_t{16} << 20), int64_t{2} << 20);
+  const int64_t most_rows = max(a_bytes / (lda * static_cast<int64_t>(sizeof(Element))), 8 * kRows);
+  const int64_t block_rows = round_up(ceil_div(m, ceil_div(m, most_rows)), kRows);
+
+  const int64_t panel_columns = w.panel_columns();
+  const int64_t panels = ceil_div(w.n, panel_columns);
+  const int64_t chunks = split_rows(min(block_rows, m), panels, threads);
+  const int64_t chunk_rows = round_up(ceil_div(min(block_rows, m), chunks), kRows);
+
+  const int64_t panel_elements = kc / P::kPair * kPanel * P::kPair;
+  const int64_t partial_rows = k_chunks > 1 ? chunk_rows : kRows;
+  const int64_t worker_bytes = round_up(panel_elements * sizeof(Element), 64) +
+                               partial_rows * kPanel * static_cast<int64_t>(sizeof(float));
+
+  auto* rows = static_cast<Element*>(scratch(Slot::kRows, block_rows * lda * sizeof(Element)));
+  auto* workers = static_cast<char*>(scratch(Slot::kWorkers, worker_bytes * threads));
+
+  const auto fill_row = [&](int64_t row, Element* out) {
+    source(row, out);
+    for (int64_t k = w.k; k % P::kPair != 0; ++k) out[k] = Element{};
+  };
+
+  const auto run_task = [&](int64_t block, int64_t block_size, int64_t task, char* worker) {
+    const int64_t col = task / chunks * panel_columns, cols = min(panel_columns, w.n - col);
+    const int64_t begin = task % chunks * chunk_rows, end = min(begin + chunk_rows, block_size);
+    auto* panel = reinterpret_cast<Element*>(worker);
+    auto* partial =
+        reinterpret_cast<float*>(worker + round_up(panel_elements * sizeof(Element), 64));
+    if (begin >= end) return;
+    int64_t k0 = 0;
+    do {  // once even for K == 0: the epilogue still has a bias to store
+      const int64_t k = min(kc, w.k - k0);
+      const int64_t vectors = pack_panel<P>(w, col, cols, k0, k, panel);
+      for (int64_t r = begin; r < end; r += kRows) {
+        const int64_t mr = min(kRows, end - r);
+        float* tile = k_chunks > 1 ? partial + (r - begin) * kPanel : partial;
+        MicroKernels<P>::get(mr, vectors)(ceil_div(k, P::kPair), rows + r * lda + k0, lda, panel,
+                                          tile, kPanel, k0 > 0);
+        if (k0 + kc >= w.k) epilogue(tile, block + r, mr, col, cols);
+      }
+      k0 += kc;
+    } while (k0 < w.k);
+  };
+
+#pragma omp parallel num_threads(threads)
+  {
+    char* worker = workers + omp_get_thread_num() * worker_bytes;
+    for (int64_t block = 0; block < m; block += block_rows) {
+      const int64_t block_size = min(block_rows, m - block);
+#pragma omp for schedule(dynamic, kRows)
+      for (int64_t r = 0; r < block_size; ++r) fill_row(block + r, rows + r * lda);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < panels * chunks; ++task) {
+        run_task(block, block_size, task, worker);
+      }
+    }
+  }
+}
+
+}  // namespace fastvit::cpu::FASTVIT_ISA

@@ -1,0 +1,90 @@
+// Scratch memory, cache sizes and fork safety.
+
+#include "runtime.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <new>
+
+namespace fastvit::cpu {
+namespace {
+
+// Large buffers are aligned to, and ask for, huge pages: a packed panel is walked once per six
+// rows, and 4 KiB pages would cost a TLB miss every sixteen steps of it.
+constexpr size_t kHugePage = size_t{2} << 20;
+
+class Buffer {
+ public:
+  ~Buffer() { std::free(data_); }
+
+  void* reserve(size_t bytes) {
+    if (bytes <= capacity_) return data_;
+    std::free(data_);
+    data_ = nullptr;
+    capacity_ = 0;
+    const bool large = bytes >= kHugePage;
+    const size_t align = large ? kHugePage : 64;
+    const size_t rounded = (bytes + align - 1) / align * align;
+    data_ = std::aligned_alloc(align, rounded);
+    if (data_ == nullptr) throw std::bad_alloc();
+    capacity_ = rounded;
+#ifdef MADV_HUGEPAGE
+    if (large) madvise(data_, rounded, MADV_HUGEPAGE);  // advice: a refusal costs nothing
+#endif
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t capacity_ = 0;
+};
+
+int64_t cache_size(int name, int64_t fallback) {
+  const long bytes = sysconf(name);
+  return bytes > 0 ? bytes : fallback;
+}
+
+std::atomic<bool> pool_started{false};
+std::atomic<bool> pool_lost{false};
+
+void after_fork_in_child() {
+  if (pool_started.load(std::memory_order_relaxed)) pool_lost.store(true);
+}
+
+}  // namespace
+
+void* scratch(Slot slot, size_t bytes) {
+  static thread_local Buffer buffers[static_cast<int>(Slot::kCount)];
+  return buffers[static_cast<int>(slot)].reserve(bytes);
+}
+
+const CacheSizes& cache_sizes() {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  static const CacheSizes sizes{cache_size(_SC_LEVEL1_DCACHE_SIZE, 32 << 10),
+                                cache_size(_SC_LEVEL2_CACHE_SIZE, 1 << 20),
+                                cache_size(_SC_LEVEL3_CACHE_SIZE, 16 << 20)};
+#else
+  static const CacheSizes sizes{32 << 10, 1 << 20, 16 << 20};
+#endif
+  return sizes;
+}
+
+int usable_threads(int requested) {
+  static const int registered = pthread_atfork(nullptr, nullptr, after_fork_in_child);
+  (void)registered;
+  if (requested <= 1 || pool_lost.load(std::memory_order_relaxed)) return 1;
+  pool_started.store(true, std::memory_order_relaxed);
+  return requested;
+}
+
+double seconds_now() {
+  using Clock = std::chrono::steady_clock;
+  return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
+}
+
+}  // namespace fastvit::cpu

@@ -1,0 +1,27 @@
+// What kernels ask of the process: scratch memory, cache sizes, a safe thread count.
+// Implemented once, at the baseline instruction set (runtime.cpp).
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastvit::cpu {
+
+// A grow-only, 64-byte aligned buffer of the calling thread, freed when that thread ends. Every
+// slot is an independent buffer; asking again for the same slot invalidates what it held.
+enum class Slot : int { kVectors = 0, kRows = 1, kWorkers = 2, kCount = 3 };
+void* scratch(Slot slot, size_t bytes);
+
+struct CacheSizes {
+  int64_t l1d, l2, l3;  // bytes; l3 is shared by cores
+};
+const CacheSizes& cache_sizes();
+
+// The number of threads to start for a request. A child of fork() has lost the OpenMP pool of its
+// parent and would wait for it for ever, so it gets one thread if the parent had started a pool.
+int usable_threads(int requested);
+
+double seconds_now();
+
+}  // namespace fastvit::cpu

@@ -1,0 +1,359 @@
+// The vector abstraction: one f32 vector type, a handful of functions, and the product traits.
+//
+// Include only from files compiled per instruction set. FASTVIT_ISA names the namespace, and the
+// compiler's own feature macros (set by that build's -m flags) choose the code, so the names below
+// mean different things in different namespaces and never meet at link time.
+//
+//   namespace     vector             kLanes  kVectors  panel (columns)  accumulators of 6 rows
+//   scalar        GCC vector ext.    4       2 (4)     8 (16 on arm64)  12 (24)
+//   avx2          __m256             8       2         16               12 of 16 registers
+//   avx512*       __m512             16      4         64               24 of 32 registers
+//
+// +, -, *, / and comparisons are the compiler's own operators on vector types.
+
+#pragma once
+
+#include <cstdint>
+
+#include "types.h"
+
+#if defined(__AVX2__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push  // GCC 12's own headers read "undefined" registers on purpose
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+#endif
+
+#define FASTVIT_INLINE static inline __attribute__((always_inline))
+#define FASTVIT_INLINE_METHOD inline __attribute__((always_inline))
+
+namespace fastvit::cpu::FASTVIT_ISA {
+
+// std::min and std::max are templates with external linkage: see types.h.
+FASTVIT_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTVIT_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTVIT_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTVIT_INLINE constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Scalar conversions, used for tails and single values.
+FASTVIT_INLINE float to_f32(float x) { return x; }
+FASTVIT_INLINE float to_f32(uint8_t x) { return x; }
+FASTVIT_INLINE float to_f32(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+FASTVIT_INLINE bf16 to_bf16(float x) {  // round to nearest even; NaN stays NaN
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
+  bits += 0x7fff + (bits >> 16 & 1);
+  return {static_cast<uint16_t>(bits >> 16)};
+}
+
+#if defined(__AVX512F__)
+
+constexpr int kLanes = 16;
+constexpr int kVectors = 4;
+using f32v = __m512;
+
+FASTVIT_INLINE __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+
+FASTVIT_INLINE f32v zero() { return _mm512_setzero_ps(); }
+FASTVIT_INLINE f32v set1(float x) { return _mm512_set1_ps(x); }
+FASTVIT_INLINE f32v load(const float* p) { return _mm512_loadu_ps(p); }
+FASTVIT_INLINE f32v load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+FASTVIT_INLINE void store(float* p, f32v v) { _mm512_storeu_ps(p, v); }
+FASTVIT_INLINE void store(float* p, f32v v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
+
+FASTVIT_INLINE f32v keep_first(f32v v, int64_t n) { return _mm512_maskz_mov_ps(first(n), v); }
+
+FASTVIT_INLINE f32v widen_bf16(__m256i half) {
+  return _mm512_castsi512_ps(
+      _mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, half), 16));
+}
+FASTVIT_INLINE __m256i narrow_bf16(f32v v) {
+#if defined(__AVX512BF16__)
+  return (__m256i)_mm512_cvtneps_pbh(v);
+#else
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i chosen = _mm512_mask_mov_epi32(rounded, nan, quiet);
+  return _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_maskz_srli_epi32(0xffff, chosen, 16));
+#endif
+}
+FASTVIT_INLINE f32v load(const bf16* p) {
+  return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+FASTVIT_INLINE f32v load(const bf16* p, int64_t n) {
+  return widen_bf16(_mm256_maskz_loadu_epi16(first(n), p));
+}
+FASTVIT_INLINE void store(bf16* p, f32v v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(v));
+}
+FASTVIT_INLINE void store(bf16* p, f32v v, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(v));
+}
+FASTVIT_INLINE f32v load(const uint8_t* p, int64_t n = kLanes) {
+  const __m128i bytes = _mm_maskz_loadu_epi8(first(n), p);
+  return _mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepu8_epi32(0xffff, bytes));
+}
+
+FASTVIT_INLINE f32v fmadd(f32v a, f32v b, f32v c) { return _mm512_fmadd_ps(a, b, c); }
+// Of two operands the hardware returns the second when either is NaN: `v` keeps its NaN.
+FASTVIT_INLINE f32v at_least(f32v v, f32v low) { return _mm512_maskz_max_ps(0xffff, low, v); }
+FASTVIT_INLINE f32v at_most(f32v v, f32v high) { return _mm512_maskz_min_ps(0xffff, high, v); }
+FASTVIT_INLINE f32v abs(f32v v) { return _mm512_abs_ps(v); }
+FASTVIT_INLINE f32v nearest(f32v v) {
+  return _mm512_maskz_roundscale_ps(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+// p * 2^n for whole n; underflows to zero.
+FASTVIT_INLINE f32v scale_by_power(f32v p, f32v n) { return _mm512_maskz_scalef_ps(0xffff, p, n); }
+constexpr float kLowestPower = -160.0f;
+
+FASTVIT_INLINE float reduce_add(f32v v) {
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_maskz_extractf32x8_ps(0xff, v, 1));
+  __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+FASTVIT_INLINE float reduce_max(f32v v) {
+  const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_maskz_extractf32x8_ps(0xff, v, 1));
+  __m128 quarter = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  quarter = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
+  return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+
+// r[i] holds row i; afterwards r[j] holds column j.
+FASTVIT_INLINE void transpose(f32v (&r)[kLanes]) {
+  f32v t[kLanes];
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // 4 x 4 blocks inside 128-bit lanes
+    const f32v a = _mm512_maskz_unpacklo_ps(0xffff, r[i], r[i + 1]);
+    const f32v b = _mm512_maskz_unpackhi_ps(0xffff, r[i], r[i + 1]);
+    const f32v c = _mm512_maskz_unpacklo_ps(0xffff, r[i + 2], r[i + 3]);
+    const f32v d = _mm512_maskz_unpackhi_ps(0xffff, r[i + 2], r[i + 3]);
+    t[i] = _mm512_maskz_shuffle_ps(0xffff, a, c, 0x44);
+    t[i + 1] = _mm512_maskz_shuffle_ps(0xffff, a, c, 0xee);
+    t[i + 2] = _mm512_maskz_shuffle_ps(0xffff, b, d, 0x44);
+    t[i + 3] = _mm512_maskz_shuffle_ps(0xffff, b, d, 0xee);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {  // then the 128-bit lanes themselves, as a 4 x 4 transpose
+    const f32v a = _mm512_maskz_shuffle_f32x4(0xffff, t[j], t[j + 4], 0x88);
+    const f32v b = _mm512_maskz_shuffle_f32x4(0xffff, t[j], t[j + 4], 0xdd);
+    const f32v c = _mm512_maskz_shuffle_f32x4(0xffff, t[j + 8], t[j + 12], 0x88);
+    const f32v d = _mm512_maskz_shuffle_f32x4(0xffff, t[j + 8], t[j + 12], 0xdd);
+    r[j] = _mm512_maskz_shuffle_f32x4(0xffff, a, c, 0x88);
+    r[j + 8] = _mm512_maskz_shuffle_f32x4(0xffff, a, c, 0xdd);
+    r[j + 4] = _mm512_maskz_shuffle_f32x4(0xffff, b, d, 0x88);
+    r[j + 12] = _mm512_maskz_shuffle_f32x4(0xffff, b, d, 0xdd);
+  }
+}
+
+#else  // AVX2 and plain C++ share everything that GCC's vector extension can say.
+
+#if defined(__AVX2__)
+
+constexpr int kLanes = 8;
+constexpr int kVectors = 2;
+using f32v = __m256;
+typedef int32_t i32v __attribute__((vector_size(32), may_alias));
+
+FASTVIT_INLINE f32v load(const float* p) { return _mm256_loadu_ps(p); }
+FASTVIT_INLINE void store(float* p, f32v v) { _mm256_storeu_ps(p, v); }
+FASTVIT_INLINE f32v set1(float x) { return _mm256_set1_ps(x); }
+FASTVIT_INLINE f32v fmadd(f32v a, f32v b, f32v c) { return _mm256_fmadd_ps(a, b, c); }
+FASTVIT_INLINE f32v at_least(f32v v, f32v low) { return _mm256_max_ps(low, v); }
+FASTVIT_INLINE f32v at_most(f32v v, f32v high) { return _mm256_min_ps(high, v); }
+FASTVIT_INLINE i32v to_int(f32v v) { return (i32v)_mm256_cvtps_epi32(v); }
+FASTVIT_INLINE f32v load(const bf16* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+FASTVIT_INLINE f32v load(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+
+FASTVIT_INLINE void transpose(f32v (&r)[kLanes]) {
+  f32v t[kLanes];
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    const f32v a = _mm256_unpacklo_ps(r[i], r[i + 1]), b = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    const f32v c = _mm256_unpacklo_ps(r[i + 2], r[i + 3]);
+    const f32v d = _mm256_unpackhi_ps(r[i + 2], r[i + 3]);
+    t[i] = _mm256_shuffle_ps(a, c, 0x44);
+    t[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+    t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+    t[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    r[j] = _mm256_permute2f128_ps(t[j], t[j + 4], 0x20);
+    r[j + 4] = _mm256_permute2f128_ps(t[j], t[j + 4], 0x31);
+  }
+}
+
+#else
+
+constexpr int kLanes = 4;
+#if defined(__aarch64__)
+constexpr int kVectors = 4;  // 32 vector registers
+#else
+constexpr int kVectors = 2;
+#endif
+typedef float f32v __attribute__((vector_size(16), may_alias));
+typedef int32_t i32v __attribute__((vector_size(16), may_alias));
+
+FASTVIT_INLINE f32v load(const float* p) {
+  f32v v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+FASTVIT_INLINE void store(float* p, f32v v) { __builtin_memcpy(p, &v, sizeof v); }
+FASTVIT_INLINE f32v set1(float x) { return f32v{x, x, x, x}; }
+FASTVIT_INLINE f32v fmadd(f32v a, f32v b, f32v c) { return a * b + c; }
+FASTVIT_INLINE f32v at_least(f32v v, f32v low) { return v < low ? low : v; }
+FASTVIT_INLINE f32v at_most(f32v v, f32v high) { return v > high ? high : v; }
+FASTVIT_INLINE i32v to_int(f32v v) { return __builtin_convertvector(v, i32v); }
+FASTVIT_INLINE f32v load(const bf16* p) {
+  return f32v{to_f32(p[0]), to_f32(p[1]), to_f32(p[2]), to_f32(p[3])};
+}
+FASTVIT_INLINE f32v load(const uint8_t* p) {
+  return f32v{to_f32(p[0]), to_f32(p[1]), to_f32(p[2]), to_f32(p[3])};
+}
+
+FASTVIT_INLINE void transpose(f32v (&r)[kLanes]) {
+  const f32v a = r[0], b = r[1], c = r[2], d = r[3];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) r[j] = f32v{a[j], b[j], c[j], d[j]};
+}
+
+#endif
+
+FASTVIT_INLINE f32v zero() { return set1(0.0f); }
+FASTVIT_INLINE f32v abs(f32v v) { return (f32v)((i32v)v & 0x7fffffff); }
+
+// Tails go through a buffer: they are rare, and a mask costs the common case.
+template <class T>
+FASTVIT_INLINE f32v load(const T* p, int64_t n) {
+  float buffer[kLanes] = {};
+  for (int i = 0; i < n && i < kLanes; ++i) buffer[i] = to_f32(p[i]);
+  return load(buffer);
+}
+FASTVIT_INLINE void store(float* p, f32v v, int64_t n) {
+  float buffer[kLanes];
+  store(buffer, v);
+  for (int i = 0; i < n && i < kLanes; ++i) p[i] = buffer[i];
+}
+FASTVIT_INLINE void store(bf16* p, f32v v, int64_t n) {
+  float buffer[kLanes];
+  store(buffer, v);
+  for (int i = 0; i < n && i < kLanes; ++i) p[i] = to_bf16(buffer[i]);
+}
+FASTVIT_INLINE void store(bf16* p, f32v v) { store(p, v, kLanes); }
+FASTVIT_INLINE f32v keep_first(f32v v, int64_t n) {
+  float buffer[kLanes] = {};
+  store(buffer, v, n);
+  return load(buffer);
+}
+
+// Adding 1.5 * 2^23 leaves no bits for a fraction; right for |v| < 2^22.
+FASTVIT_INLINE f32v nearest(f32v v) {
+  const f32v magic = set1(12582912.0f);
+  return (v + magic) - magic;
+}
+FASTVIT_INLINE f32v scale_by_power(f32v p, f32v n) {
+  const i32v exponent = (to_int(n) + 127) << 23;
+  return n < set1(-126.0f) ? zero() : p * (f32v)exponent;
+}
+constexpr float kLowestPower = -127.0f;
+
+FASTVIT_INLINE float reduce_add(f32v v) {
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+FASTVIT_INLINE float reduce_max(f32v v) {
+  float best = v[0];
+  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+#endif
+
+constexpr int kPanel = kVectors * kLanes;  // columns a micro-kernel finishes at once
+constexpr int kRows = 6;                   // rows it finishes at once
+
+// ---- Product traits -----------------------------------------------------------------------------
+//
+// A product reads A row by row and B as panels. One step consumes kPair consecutive k: `Unit` lanes
+// of 32 bits hold one f32, or two bf16 that the instruction multiplies and adds at once.
+
+struct ProductF32 {
+  using Element = float;
+  using Unit = f32v;
+  static constexpr int kPair = 1;
+
+  FASTVIT_INLINE Unit load_unit(const float* p) { return load(p); }
+  FASTVIT_INLINE Unit broadcast(const float* p) { return set1(*p); }
+  FASTVIT_INLINE f32v mac(Unit a, Unit b, f32v c) { return fmadd(a, b, c); }
+
+  // kLanes steps of one row of B, as 32-bit lanes; `n` elements of it exist.
+  template <class T>
+  FASTVIT_INLINE f32v load_steps(const T* p, int64_t n) {
+    return n >= kLanes ? load(p) : load(p, n);
+  }
+};
+
+#if defined(__AVX512BF16__)
+struct ProductBF16 {
+  using Element = bf16;
+  using Unit = __m512bh;
+  static constexpr int kPair = 2;
+
+  FASTVIT_INLINE Unit load_unit(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  FASTVIT_INLINE Unit broadcast(const bf16* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, 4);
+    return (__m512bh)_mm512_set1_epi32(pair);
+  }
+  FASTVIT_INLINE f32v mac(Unit a, Unit b, f32v c) { return _mm512_dpbf16_ps(c, a, b); }
+
+  FASTVIT_INLINE f32v load_steps(const bf16* p, int64_t n) {
+    if (n >= 2 * kLanes) return _mm512_castsi512_ps(_mm512_loadu_si512(p));
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16((1u << n) - 1, p));
+  }
+  FASTVIT_INLINE f32v load_steps(const float* p, int64_t n) {
+    f32v low, high;
+    if (n >= 2 * kLanes) {
+      low = load(p), high = load(p + kLanes);
+    } else {
+      low = load(p, min(n, kLanes)), high = load(p + kLanes, max(n - kLanes, 0));
+    }
+    return (f32v)_mm512_cvtne2ps_pbh(high, low);
+  }
+
+  // One step of kLanes columns from two rows: lane i is (a[i], b[i]).
+  FASTVIT_INLINE f32v interleave(f32v a, f32v b) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                           8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_castsi512_ps(
+        _mm512_maskz_permutexvar_epi16(~0u, order, (__m512i)_mm512_cvtne2ps_pbh(b, a)));
+  }
+};
+#else
+using ProductBF16 = ProductF32;  // without the instruction, bf16 inputs are multiplied as f32
+#endif
+
+}  // namespace fastvit::cpu::FASTVIT_ISA

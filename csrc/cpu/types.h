@@ -1,0 +1,125 @@
+// The vocabulary shared by the bindings, the dispatcher and every operator: plain data only.
+//
+// Operators are compiled once per instruction set, so nothing here may carry code: an inline
+// function with external linkage could be emitted by the AVX-512 build and chosen by the linker for
+// a machine that has no AVX-512.
+
+#pragma once
+
+#include <cstdint>
+
+namespace fastvit {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+enum class DType : int { kF32 = 0, kBF16 = 1, kU8 = 2 };
+
+constexpr int kMaxDims = 6;
+
+// A strided array owned by the caller. Strides count elements. Optional arguments are View
+// pointers that may be null; a View with a zero size may hold a null data pointer.
+struct View {
+  void* data;
+  DType dtype;
+  int ndim;
+  int64_t size[kMaxDims];
+  int64_t stride[kMaxDims];
+};
+
+enum class Norm : int { kNone = 0, kLayer = 1, kRms = 2 };
+
+enum class Activation : int {
+  kNone = 0,
+  kGelu = 1,
+  kGeluTanh = 2,
+  kQuickGelu = 3,
+  kSilu = 4,
+  kRelu = 5,
+  kSwiglu = 6
+};
+
+enum class PoolMode : int { kToken = 0, kAvg = 1, kNormAvg = 2 };
+
+// What the products multiply; accumulation is always f32.
+enum class Compute : int { kF32 = 0, kBF16 = 1 };
+
+namespace cpu {
+
+struct PatchEmbedArgs {
+  View out;     // (B, R + N, D)
+  View image;   // (B, C, H, W), any strides, f32 | bf16 | u8
+  View weight;  // (D, C, P1, P2) contiguous
+  const View* bias;
+  const View* pos_embed;      // (N, D)
+  const View* prefix;         // (R, D)
+  const View* channel_scale;  // (C) f32
+  const View* channel_shift;  // (C) f32
+  Compute compute;
+  int num_threads;
+};
+
+struct NormLinearArgs {
+  View out;     // (M, N), or (M, N / 2) for swiglu
+  View x;       // (M, K)
+  View weight;  // (N, K)
+  const View* bias;
+  const View* norm_weight;
+  const View* norm_bias;
+  Norm norm;
+  float eps;
+  Activation activation;
+  Compute compute;
+  int num_threads;
+};
+
+struct AttentionArgs {
+  View out;          // (B, Nq, H, D)
+  View q, k, v;      // (B, Nq | Nk, H, D), last stride 1
+  const View* bias;  // (B, H, Nq, Nk), strides may be 0
+  float scale;
+  Compute compute;
+  int num_threads;
+};
+
+struct LinearResidualArgs {
+  View out;       // (M, N)
+  View x;         // (M, K)
+  View weight;    // (N, K)
+  View residual;  // (M, N), may be out itself
+  const View* bias;
+  const View* layer_scale;
+  const View* row_scale;  // (B) f32: one factor per rows_per_sample rows
+  int64_t rows_per_sample;
+  Compute compute;
+  int num_threads;
+};
+
+struct PoolArgs {
+  View out;  // (B, C), or (B, D) without a head
+  View x;    // (B, N, D)
+  PoolMode mode;
+  int64_t num_prefix_tokens;
+  Norm norm;
+  const View* norm_weight;
+  const View* norm_bias;
+  float eps;
+  const View* weight;  // (C, D)
+  const View* bias;
+  Compute compute;
+  int num_threads;
+};
+
+// One instruction set's build of every operator.
+struct Kernels {
+  void (*patch_embed)(const PatchEmbedArgs&);
+  void (*norm_linear)(const NormLinearArgs&);
+  void (*attention)(const AttentionArgs&);
+  void (*linear_residual)(const LinearResidualArgs&);
+  void (*pool)(const PoolArgs&);
+  double (*peak)(Compute compute, int num_threads, double seconds);  // GFLOP/s
+};
+
+}  // namespace cpu
+}  // namespace fastvit

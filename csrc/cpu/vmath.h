@@ -1,0 +1,75 @@
+// Elementary functions and activations on vectors.
+//
+// Coefficients are minimax fits (Lawson iteration in a Chebyshev basis, float64, then rounded).
+
+#pragma once
+
+#include "simd.h"
+
+namespace fastvit::cpu::FASTVIT_ISA {
+
+// 2^x, relative error 1.5e-7. Underflows to zero, so exp2(-inf) == 0; x <= 127 is required.
+FASTVIT_INLINE f32v exp2(f32v x) {
+  x = at_least(x, set1(kLowestPower));
+  const f32v n = nearest(x);
+  const f32v f = x - n;  // [-0.5, 0.5]
+  f32v p = set1(1.3276472e-3f);
+  p = fmadd(p, f, set1(9.6755419e-3f));
+  p = fmadd(p, f, set1(5.5507131e-2f));
+  p = fmadd(p, f, set1(2.4022120e-1f));
+  p = fmadd(p, f, set1(6.9314694e-1f));
+  p = fmadd(p, f, set1(1.0000001f));
+  return scale_by_power(p, n);
+}
+
+constexpr float kLog2e = 1.44269504088896340736f;
+
+// x / (1 + exp(-slope x)): silu for slope 1.
+FASTVIT_INLINE f32v gated_sigmoid(f32v x, f32v slope_log2e) {
+  const f32v power = at_most(zero() - x * slope_log2e, set1(126.0f));
+  return x / (set1(1.0f) + exp2(power));
+}
+
+struct Identity {
+  FASTVIT_INLINE f32v apply(f32v x) { return x; }
+};
+
+// x * Phi(x) = max(x, 0) - |x| * Phi(-|x|), with Phi(-t) = 2^P(t). The degree 8 fit of P weighs the
+// error by Phi(-t), leaving 8e-9 of |x|, and falls without bound beyond the fitted range.
+struct Gelu {
+  FASTVIT_INLINE f32v apply(f32v x) {
+    const f32v t = at_most(abs(x), set1(40.0f));
+    f32v p = set1(-2.7720528e-6f);
+    p = fmadd(p, t, set1(3.8620790e-5f));
+    p = fmadd(p, t, set1(-1.8254781e-4f));
+    p = fmadd(p, t, set1(-1.4586964e-4f));
+    p = fmadd(p, t, set1(7.0754710e-3f));
+    p = fmadd(p, t, set1(-5.2505028e-2f));
+    p = fmadd(p, t, set1(-4.5920490e-1f));
+    p = fmadd(p, t, set1(-1.1511058f));
+    p = fmadd(p, t, set1(-1.0f));
+    return at_least(x, zero()) - t * exp2(p);
+  }
+};
+
+// 0.5 x (1 + tanh u) = x sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3)
+struct GeluTanh {
+  FASTVIT_INLINE f32v apply(f32v x) {
+    constexpr float kTwoU = 2 * 0.79788456080286535588f * kLog2e;
+    return gated_sigmoid(x, fmadd(x * x, set1(0.044715f * kTwoU), set1(kTwoU)));
+  }
+};
+
+struct QuickGelu {
+  FASTVIT_INLINE f32v apply(f32v x) { return gated_sigmoid(x, set1(1.702f * kLog2e)); }
+};
+
+struct Silu {
+  FASTVIT_INLINE f32v apply(f32v x) { return gated_sigmoid(x, set1(kLog2e)); }
+};
+
+struct Relu {
+  FASTVIT_INLINE f32v apply(f32v x) { return at_least(x, zero()); }
+};
+
+}  // namespace fastvit::cpu::FASTVIT_ISA
