@@ -1,5 +1,306 @@
 // fastvit: per-isa
+//
+// attention: out = softmax(scale * q k^T + bias) v, per sample and head
+//
+// A task is a block of query rows of one head. K is packed as panels with keys in the lanes, V with
+// head_dim in the lanes, so both products are the micro-kernel of product.h and any head_dim and any
+// number of tokens only change the last panel:
+//
+//   for each chunk of keys                  one chunk for most ViTs; sized for L2
+//     pack K and V of the chunk
+//     for each group of 6 query rows
+//       scores (6 x chunk, L1) = q k^T
+//       softmax in f32, online over chunks: running maximum and sum per row
+//       output (6 x head_dim) = rescaled output + p v
+//
+// The N x N matrix never exists: the widest thing is 6 rows of one chunk. Probabilities are used
+// unnormalised, in [0, 1], so rounding them to bf16 costs one relative rounding; the division by
+// their f32 sum comes last. A row whose scores are all -inf gives zeros.
+
+#include "norm.h"
 #include "product.h"
+#include "vmath.h"
+
 namespace fastvit::cpu::FASTVIT_ISA {
-void attention(const AttentionArgs&) {}
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+
+// Additive bias of one head, broadcast through its strides.
+struct Bias {
+  const View* view;
+  int64_t offset;
+
+  Bias(const View* bias, int64_t sample, int64_t head)
+      : view(bias), offset(bias ? sample * bias->stride[0] + head * bias->stride[1] : 0) {}
+
+  // score = score * scale + bias for keys k0 .. k0 + keys of one query row.
+  void apply(float* score, int64_t query, int64_t k0, int64_t keys, float scale) const {
+    const int64_t step = view->stride[3];
+    const int64_t begin = offset + query * view->stride[2] + k0 * step;
+    const Rows source(*view, 0);
+    for (int64_t j = 0; j < keys; j += kLanes) {
+      const int64_t n = min(kLanes, keys - j);
+      f32v b;
+      if (step == 1) {
+        b = source.load_at(begin + j, n);
+      } else {
+        float gathered[kLanes] = {};
+        for (int64_t i = 0; i < n; ++i) {
+          const int64_t at = begin + (j + i) * step;
+          gathered[i] = source.dtype == DType::kF32 ? static_cast<const float*>(source.data)[at]
+                                                    : to_f32(static_cast<const bf16*>(source.data)[at]);
+        }
+        b = load(gathered);
+      }
+      store(score + j, fmadd(load(score + j), set1(scale), b));
+    }
+  }
+};
+
+// head_dim as panels of nearly equal width: 80 becomes 48 + 32, not 64 + 16, because a narrow panel
+// has too few accumulators to hide the latency of a multiply-add.
+struct HeadPanels {
+  int64_t head_dim, vectors, count;
+
+  explicit HeadPanels(int64_t d)
+      : head_dim(d), vectors(ceil_div(d, kLanes)), count(ceil_div(vectors, kVectors)) {}
+
+  int64_t first(int64_t panel) const { return panel * vectors / count; }
+  int64_t width(int64_t panel) const { return first(panel + 1) - first(panel); }
+};
+
+template <class P>
+struct Worker {
+  using Element = typename P::Element;
+
+  Element* q;       // (block, ldq)
+  Element* k;       // panels of (head_dim / pair, kPanel)
+  Element* v;       // panels of (chunk / pair, panel width)
+  Element* p;       // (kRows, ldp), bf16 only: f32 probabilities overwrite the scores
+  float* scores;    // (kRows, lds)
+  float* out;       // (block, head_dim in whole vectors)
+  float* row_max;   // (block)
+  float* row_sum;   // (block)
+  int64_t bytes;    // of all of these
+};
+
+template <class P>
+class Attention {
+ public:
+  using Element = typename P::Element;
+
+  explicit Attention(const AttentionArgs& args)
+      : args_(args),
+        batch_(args.q.size[0]),
+        queries_(args.q.size[1]),
+        heads_(args.q.size[2]),
+        head_dim_(args.q.size[3]),
+        keys_(args.k.size[1]),
+        panels_(head_dim_),
+        scale_(args.scale * kLog2e) {}
+
+  void run() {
+    if (batch_ * heads_ * queries_ == 0) return;
+    const int threads = usable_threads(args_.num_threads);
+
+    // Keys: packed K and V of a chunk share half of L2.
+    const int64_t per_key = 2 * panels_.vectors * kLanes * static_cast<int64_t>(sizeof(Element));
+    const int64_t most = max(cache_sizes().l2 / 2 / per_key, kPanel);
+    const int64_t chunks = max(ceil_div(keys_, min(most, 1024)), 1);
+    chunk_ = round_up(ceil_div(keys_, chunks), kPanel);
+
+    const int64_t splits = max(split_rows(queries_, batch_ * heads_, threads), ceil_div(queries_, 480));
+    block_ = round_up(ceil_div(queries_, splits), kRows);
+    const int64_t blocks = ceil_div(queries_, block_);
+
+    ldq_ = row_bytes(head_dim_ * sizeof(Element)) / sizeof(Element);
+    lds_ = row_bytes(chunk_ * sizeof(float)) / sizeof(float);
+    ldp_ = P::kPair == 1 ? lds_ : row_bytes(chunk_ * sizeof(Element)) / sizeof(Element);
+    ldo_ = panels_.vectors * kLanes;
+    const int64_t worker_bytes = carve(nullptr).bytes;
+    auto* base = static_cast<char*>(scratch(Slot::kWorkers, worker_bytes * threads));
+
+#pragma omp parallel num_threads(threads)
+    {
+      const Worker<P> worker = carve(base + omp_get_thread_num() * worker_bytes);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < batch_ * heads_ * blocks; ++task) {
+        const int64_t head = task / blocks, begin = task % blocks * block_;
+        attend(worker, head / heads_, head % heads_, begin, min(begin + block_, queries_));
+      }
+    }
+  }
+
+ private:
+  Worker<P> carve(char* base) const {
+    Carver take{base};
+    Worker<P> w;
+    w.q = take.array<Element>(block_ * ldq_);
+    w.k = take.array<Element>(round_up(head_dim_, P::kPair) * chunk_);
+    w.v = take.array<Element>(chunk_ * ldo_);
+    w.p = take.array<Element>(P::kPair == 1 ? 0 : kRows * ldp_);
+    w.scores = take.array<float>(kRows * lds_);
+    w.out = take.array<float>(block_ * ldo_);
+    w.row_max = take.array<float>(block_);
+    w.row_sum = take.array<float>(block_);
+    w.bytes = take.used;
+    return w;
+  }
+
+  static int64_t at(const View& view, int64_t sample, int64_t token, int64_t head) {
+    return sample * view.stride[0] + token * view.stride[1] + head * view.stride[2];
+  }
+
+  void attend(const Worker<P>& w, int64_t sample, int64_t head, int64_t begin, int64_t end) const {
+    const Rows q(args_.q, 0);
+    for (int64_t i = begin; i < end; ++i) {
+      Element* row = w.q + (i - begin) * ldq_;
+      const int64_t offset = at(args_.q, sample, i, head);
+      for (int64_t d = 0; d < head_dim_; d += kLanes) {  // a short vector loads zeros
+        store(row + d, q.load_at(offset + d, head_dim_ - d));
+      }
+    }
+    const Bias bias(args_.bias, sample, head);
+    if (keys_ == 0) {
+      for (int64_t i = 0; i < (end - begin) * ldo_; ++i) w.out[i] = 0.0f;
+    }
+    for (int64_t k0 = 0; k0 < keys_; k0 += chunk_) {
+      const int64_t keys = min(chunk_, keys_ - k0);
+      pack_keys(w, sample, head, k0, keys);
+      pack_values(w, sample, head, k0, keys);
+      for (int64_t r = begin; r < end; r += kRows) {
+        const int64_t rows = min(kRows, end - r);
+        score(w, r - begin, rows, keys);
+        for (int64_t i = 0; i < rows; ++i) softmax(w, bias, r - begin + i, i, r + i, k0, keys);
+        weigh(w, r - begin, rows, keys, k0 > 0);
+      }
+    }
+    finish(w, sample, head, begin, end);
+  }
+
+  void pack_keys(const Worker<P>& w, int64_t sample, int64_t head, int64_t k0, int64_t keys) const {
+    for (int64_t key = 0; key < keys; key += kPanel) {
+      const int64_t vectors = min(ceil_div(keys - key, kLanes), kVectors);
+      Element* panel = w.k + key * ceil_div(head_dim_, P::kPair) * P::kPair;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t first = key + v * kLanes;
+        pack_columns<P>(args_.k.data, args_.k.dtype, at(args_.k, sample, k0 + first, head),
+                        args_.k.stride[1], keys - first, head_dim_, panel + v * kLanes * P::kPair,
+                        vectors * kLanes * P::kPair);
+      }
+    }
+  }
+
+  void pack_values(const Worker<P>& w, int64_t sample, int64_t head, int64_t k0,
+                   int64_t keys) const {
+    for (int64_t i = 0; i < panels_.count; ++i) {
+      const int64_t width = panels_.width(i);
+      for (int64_t v = 0; v < width; ++v) {
+        const int64_t d = (panels_.first(i) + v) * kLanes;
+        pack_rows<P>(args_.v.data, args_.v.dtype, at(args_.v, sample, k0, head) + d,
+                     args_.v.stride[1], head_dim_ - d, keys,
+                     value_panel(w, i) + v * kLanes * P::kPair, width * kLanes * P::kPair);
+      }
+    }
+  }
+
+  Element* value_panel(const Worker<P>& w, int64_t i) const {
+    return w.v + panels_.first(i) * kLanes * chunk_;
+  }
+
+  void score(const Worker<P>& w, int64_t row, int64_t rows, int64_t keys) const {
+    const int64_t steps = ceil_div(head_dim_, P::kPair);
+    for (int64_t key = 0; key < keys; key += kPanel) {
+      const int64_t vectors = min(ceil_div(keys - key, kLanes), kVectors);
+      MicroKernels<P>::get(rows, vectors)(steps, w.q + row * ldq_, ldq_,
+                                          w.k + key * steps * P::kPair, w.scores + key, lds_, false);
+    }
+  }
+
+  // Scores of one row to unnormalised probabilities, in powers of two: 2^(log2(e) (s - max)).
+  void softmax(const Worker<P>& w, const Bias& bias, int64_t row, int64_t i, int64_t query,
+               int64_t k0, int64_t keys) const {
+    float* s = w.scores + i * lds_;
+    float scale = scale_;
+    if (bias.view) {
+      bias.apply(s, query, k0, keys, args_.scale);
+      scale = kLog2e;
+    }
+    const int64_t padded = round_up(keys, kLanes);
+    for (int64_t j = keys; j < padded; ++j) s[j] = s[0];  // leaves the maximum alone
+
+    f32v best = set1(-kInfinity);
+    for (int64_t j = 0; j < padded; j += kLanes) best = at_least(load(s + j) * set1(scale), best);
+    float highest = reduce_max(best);
+    const bool later = k0 > 0;
+    if (later && w.row_max[row] > highest) highest = w.row_max[row];
+    const f32v shift = set1(highest == -kInfinity ? 0.0f : -highest);
+
+    f32v sum = zero();
+    for (int64_t j = 0; j < padded; j += kLanes) {
+      f32v p = exp2(fmadd(load(s + j), set1(scale), shift));
+      if (j + kLanes > keys) p = keep_first(p, keys - j);
+      sum += p;
+      if constexpr (P::kPair == 1) {
+        store(s + j, p);
+      } else {
+        store(w.p + i * ldp_ + j, p);
+      }
+    }
+    float total = reduce_add(sum);
+    if (later) {
+      const float before = w.row_max[row];
+      float keep[kLanes];
+      store(keep, exp2(set1(before) + shift));
+      total += w.row_sum[row] * keep[0];
+      float* out = w.out + row * ldo_;
+      for (int64_t d = 0; d < ldo_; d += kLanes) store(out + d, load(out + d) * set1(keep[0]));
+    }
+    w.row_max[row] = highest;
+    w.row_sum[row] = total;
+  }
+
+  void weigh(const Worker<P>& w, int64_t row, int64_t rows, int64_t keys, bool accumulate) const {
+    const Element* p;
+    if constexpr (P::kPair == 1) {
+      p = w.scores;
+    } else {
+      p = w.p;
+    }
+    for (int64_t i = 0; i < panels_.count; ++i) {
+      MicroKernels<P>::get(rows, panels_.width(i))(
+          ceil_div(keys, P::kPair), p, ldp_, value_panel(w, i),
+          w.out + row * ldo_ + panels_.first(i) * kLanes, ldo_, accumulate);
+    }
+  }
+
+  void finish(const Worker<P>& w, int64_t sample, int64_t head, int64_t begin, int64_t end) const {
+    const Rows out(args_.out, 0);
+    for (int64_t i = begin; i < end; ++i) {
+      const float sum = keys_ > 0 ? w.row_sum[i - begin] : 0.0f;
+      const f32v inverse = set1(sum == 0.0f ? 0.0f : 1.0f / sum);
+      const float* row = w.out + (i - begin) * ldo_;
+      const int64_t offset = at(args_.out, sample, i, head);
+      for (int64_t d = 0; d < head_dim_; d += kLanes) {
+        out.store_at(offset + d, load(row + d) * inverse, head_dim_ - d);
+      }
+    }
+  }
+
+  const AttentionArgs& args_;
+  const int64_t batch_, queries_, heads_, head_dim_, keys_;
+  const HeadPanels panels_;
+  const float scale_;  // of scores without bias, in powers of two
+  int64_t chunk_ = 0, block_ = 0;
+  int64_t ldq_ = 0, lds_ = 0, ldp_ = 0, ldo_ = 0;
+};
+
+}  // namespace
+
+void attention(const AttentionArgs& args) {
+  args.compute == Compute::kBF16 ? Attention<ProductBF16>(args).run()
+                                 : Attention<ProductF32>(args).run();
 }
+
+}  // namespace fastvit::cpu::FASTVIT_ISA

@@ -1,5 +1,130 @@
 // fastvit: per-isa
+//
+// patch_embed: tokens[b, r] = prefix[r]; tokens[b, R + p] = patch(b, p) @ weight^T + bias + pos[p]
+//
+// A patch is a row of A of C * P1 * P2 elements in the order (c, ky, kx) of a Conv2d weight. The
+// source functor gathers it straight from the image, whatever its strides and dtype, and applies the
+// per-channel scale and shift that normalise an image. Position and bias are the epilogue.
+
 #include "product.h"
+#include "rows.h"
+
 namespace fastvit::cpu::FASTVIT_ISA {
-void patch_embed(const PatchEmbedArgs&) {}
+namespace {
+
+struct Patches {
+  const View& image;
+  int64_t p1, p2;          // patch height and width
+  int64_t across, count;   // patches per row of the image, and per image
+  const float* scale;      // per channel
+  const float* shift;
+
+  template <class Element>
+  void operator()(int64_t row, Element* out) const {
+    switch (image.dtype) {
+      case DType::kF32:
+        return gather<float>(row, out);
+      case DType::kBF16:
+        return gather<bf16>(row, out);
+      case DType::kU8:
+        return gather<uint8_t>(row, out);
+    }
+  }
+
+  template <class T, class Element>
+  void gather(int64_t row, Element* out) const {
+    const int64_t* stride = image.stride;
+    const int64_t patch = row % count;
+    const T* corner = static_cast<const T*>(image.data) + row / count * stride[0] +
+                      patch / across * p1 * stride[2] + patch % across * p2 * stride[3];
+    for (int64_t c = 0; c < image.size[1]; ++c) {
+      for (int64_t y = 0; y < p1; ++y, out += p2) {
+        const T* line = corner + c * stride[1] + y * stride[2];
+        copy_line(line, stride[3], set1(scale[c]), set1(shift[c]), out);
+      }
+    }
+  }
+
+  template <class T, class Element>
+  void copy_line(const T* line, int64_t step, f32v a, f32v b, Element* out) const {
+    for (int64_t x = 0; x < p2; x += kLanes) {
+      const int64_t n = min(kLanes, p2 - x);
+      f32v pixels;
+      if (step == 1) {
+        pixels = n == kLanes ? load(line + x) : load(line + x, n);
+      } else {
+        float gathered[kLanes] = {};
+        for (int64_t i = 0; i < n; ++i) gathered[i] = to_f32(line[(x + i) * step]);
+        pixels = load(gathered);
+      }
+      pixels = fmadd(pixels, a, b);
+      n == kLanes ? store(out + x, pixels) : store(out + x, pixels, n);
+    }
+  }
+};
+
+struct AddPosition {
+  Rows out;  // ld: between tokens
+  int64_t sample_stride, prefix, count;
+  const float* bias;
+  const View* pos_embed;
+
+  void operator()(const float* tile, int64_t row, int64_t rows, int64_t col, int64_t cols) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t sample = (row + i) / count, patch = (row + i) % count;
+      const int64_t to = sample * sample_stride + (prefix + patch) * out.ld + col;
+      for (int64_t j = 0; j < cols; j += kLanes) {
+        f32v y = load(tile + i * kPanel + j) + load(bias + col + j);
+        if (pos_embed) {
+          y += Rows(*pos_embed, 0).load_at(patch * pos_embed->stride[0] + col + j, cols - j);
+        }
+        out.store_at(to + j, y, cols - j);
+      }
+    }
+  }
+};
+
+void write_prefix(const PatchEmbedArgs& args) {
+  const Rows out(args.out, 0), prefix(*args.prefix, 0);
+  const int64_t dim = args.out.size[2];
+  for (int64_t b = 0; b < args.out.size[0]; ++b) {
+    for (int64_t r = 0; r < args.prefix->size[0]; ++r) {
+      const int64_t to = b * args.out.stride[0] + r * args.out.stride[1];
+      for (int64_t j = 0; j < dim; j += kLanes) {
+        const f32v v = prefix.load_at(r * args.prefix->stride[0] + j, dim - j);
+        out.store_at(to + j, v, dim - j);
+      }
+    }
+  }
 }
+
+template <class P>
+void run(const PatchEmbedArgs& args) {
+  const int64_t batch = args.image.size[0], channels = args.image.size[1];
+  const int64_t p1 = args.weight.size[2], p2 = args.weight.size[3];
+  const int64_t across = args.image.size[3] / p2, count = args.image.size[2] / p1 * across;
+  const int64_t n = args.weight.size[0], k = channels * p1 * p2;
+  if (args.prefix) write_prefix(args);
+
+  Vectors vectors(3, max(n, channels));
+  const float* bias = vectors.take(args.bias, 0, n, 0.0f);
+  const float* scale = vectors.take(args.channel_scale, 0, channels, 1.0f);
+  const float* shift = vectors.take(args.channel_shift, 0, channels, 0.0f);
+  const Patches source{args.image, p1, p2, across, count, scale, shift};
+  const AddPosition epilogue{Rows(args.out, args.out.stride[1]),
+                             args.out.stride[0],
+                             args.prefix ? args.prefix->size[0] : 0,
+                             count,
+                             bias,
+                             args.pos_embed};
+  const Weight weight{args.weight.data, args.weight.dtype, k, n, k, false};
+  product<P>(batch * count, weight, args.num_threads, source, epilogue);
+}
+
+}  // namespace
+
+void patch_embed(const PatchEmbedArgs& args) {
+  args.compute == Compute::kBF16 ? run<ProductBF16>(args) : run<ProductF32>(args);
+}
+
+}  // namespace fastvit::cpu::FASTVIT_ISA

@@ -15,7 +15,7 @@ __attribute__((noinline)) float multiply_accumulate(int64_t steps, const typenam
   const typename P::Unit a = P::load_unit(data), b = P::load_unit(data + 1);
   f32v acc[kChains];
 #pragma GCC unroll 24
-  for (f32v& each : acc) each = zero();
+  for (int i = 0; i < kChains; ++i) acc[i] = set1(static_cast<float>(i));  // equal ones would merge
   for (int64_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 24
     for (f32v& each : acc) each = P::mac(a, b, each);

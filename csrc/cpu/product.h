@@ -111,6 +111,19 @@ FASTVIT_INLINE int64_t row_bytes(int64_t bytes) {
   return (lines | 1) * 64;
 }
 
+// Lays arrays out in one block of memory; from a null base it only counts.
+struct Carver {
+  char* base;
+  int64_t used = 0;
+
+  template <class T>
+  T* array(int64_t n) {
+    T* out = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += round_up(n * static_cast<int64_t>(sizeof(T)), 64);
+    return out;
+  }
+};
+
 // ---- Driver -------------------------------------------------------------------------------------
 
 struct Weight {

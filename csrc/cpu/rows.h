@@ -45,11 +45,17 @@ class Vectors {
 
   // Elements first .. first + n of the view; `absent` everywhere when there is no view.
   const float* take(const View* view, int64_t first, int64_t n, float absent) {
-    float* out = next_;
-    next_ += round_up(n, kLanes);
+    float* out = room(n);
     for (int64_t i = 0; i < n; i += kLanes) {
       store(out + i, view ? Rows(*view, 0).load_at(first + i, n - i) : set1(absent));
     }
+    return out;
+  }
+
+ // Uninitialised space for n more values.
+  float* room(int64_t n) {
+    float* out = next_;
+    next_ += round_up(n, kLanes);
     return out;
   }
 
