@@ -120,7 +120,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | Non
 
 
 _op = register(
-    "attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias, ScalarType? dtype=None) -> Tensor",
+    "attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias, ScalarType? dtype) -> Tensor",
     kernel=_kernel,
     fake=_output,
     reference=_reference,

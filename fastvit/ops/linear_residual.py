@@ -134,7 +134,7 @@ def _reference(
 
 _op = register(
     "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? layer_scale, Tensor? drop_path, "
-    "ScalarType? dtype=None) -> Tensor",
+    "ScalarType? dtype) -> Tensor",
     kernel=_kernel,
     fake=_output,
     reference=_reference,

@@ -159,7 +159,7 @@ def _reference(
 
 _op = register(
     "norm_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, str norm, float eps, "
-    "str activation, ScalarType? dtype=None) -> Tensor",
+    "str activation, ScalarType? dtype) -> Tensor",
     kernel=_kernel,
     fake=_output,
     reference=_reference,

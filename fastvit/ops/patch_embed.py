@@ -176,7 +176,7 @@ def _reference(
 
 _op = register(
     "patch_embed(Tensor image, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, float[]? mean, "
-    "float[]? std, ScalarType? dtype=None) -> Tensor",
+    "float[]? std, ScalarType? dtype) -> Tensor",
     kernel=_kernel,
     fake=_output,
     reference=_reference,

@@ -177,7 +177,7 @@ def _reference(
 
 _op = register(
     "pool(Tensor x, str mode, int num_prefix_tokens, str norm, Tensor? norm_weight, Tensor? norm_bias, float eps, "
-    "Tensor? weight, Tensor? bias, ScalarType? dtype=None) -> Tensor",
+    "Tensor? weight, Tensor? bias, ScalarType? dtype) -> Tensor",
     kernel=_kernel,
     fake=_output,
     reference=_reference,

@@ -68,8 +68,12 @@ def test_block_gradients():
     expected = [p.grad.clone() for p in block.parameters()]
     block.zero_grad()
     block.float()(x.float()).square().sum().backward()
-    for p, e in zip(block.parameters(), expected, strict=True):
-        assert_close(p.grad, e)
+    for (name, p), e in zip(block.named_parameters(), expected, strict=True):
+        if name == "attn.k_norm.bias":
+            # It moves every logit of a row alike, and softmax doesn't see that: exactly zero but for rounding.
+            assert p.grad.norm() < 1e-5 * block.attn.q_norm.bias.grad.norm()
+        else:
+            assert_close(p.grad, e)
 
 
 def test_attention_mask():

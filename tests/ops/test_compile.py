@@ -11,8 +11,18 @@ from tests import nasty
 from tests.tolerances import assert_close
 
 SAMPLES = {
-    "norm_linear": lambda: (torch.randn(2, 5, 8), torch.randn(6, 8), None, torch.randn(8), None, "layer", 1e-6, "gelu"),
-    "attention": lambda: (*(torch.randn(2, 5, 3, 8) for _ in range(3)), 0.3, torch.randn(5, 5)),
+    "norm_linear": lambda: (
+        torch.randn(2, 5, 8),
+        torch.randn(6, 8),
+        None,
+        torch.randn(8),
+        None,
+        "layer",
+        1e-6,
+        "gelu",
+        None,
+    ),
+    "attention": lambda: (*(torch.randn(2, 5, 3, 8) for _ in range(3)), 0.3, torch.randn(5, 5), None),
     "linear_residual": lambda: (
         torch.randn(2, 5, 8),
         torch.randn(6, 8),
@@ -20,6 +30,7 @@ SAMPLES = {
         torch.randn(2, 5, 6),
         None,
         torch.tensor([0.0, 2.0]),
+        None,
     ),
     "patch_embed": lambda: (
         torch.randn(2, 3, 8, 8),
@@ -29,8 +40,9 @@ SAMPLES = {
         torch.randn(1, 6),
         [0.5, 0.5, 0.5],
         None,
+        None,
     ),
-    "pool": lambda: (torch.randn(2, 5, 8), "avg", 1, "layer", None, None, 1e-6, torch.randn(3, 8), None),
+    "pool": lambda: (torch.randn(2, 5, 8), "avg", 1, "layer", None, None, 1e-6, torch.randn(3, 8), None, None),
 }
 
 
