@@ -131,7 +131,8 @@ bool cuda_compiled() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastvit's compiled kernels. Use fastvit.ops, which checks arguments.";
 
-  py::class_<View>(m, "View", "A strided array owned by the caller; strides count elements.")
+  py::class_<View>(m, "View", py::module_local(),
+                    "A strided array owned by the caller; strides count elements.")
       .def(py::init(&make_view), py::arg("data_ptr"), py::arg("dtype"), py::arg("sizes"),
            py::arg("strides"));
 

@@ -25,18 +25,30 @@ namespace fastvit::cpu::FASTVIT_ISA {
 
 // ---- Micro-kernel -------------------------------------------------------------------------------
 
+// Memory that the micro-kernel touches in passing, for the panel that will be packed next: at step s
+// the byte s * step of `count` rows.
+struct Prefetch {
+  const char* rows = nullptr;
+  int64_t ld = 0, step = 0;  // bytes
+  int64_t count = 0;
+
+  FASTVIT_INLINE_METHOD void at(int64_t s) const {
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(rows + i * ld + s * step, 0, 2);
+  }
+};
+
 // c[MR][NV * kLanes] (+)= a[MR][steps] * b[steps][NV * kLanes]
 template <class P, int MR, int NV>
 static void micro_kernel(int64_t steps, const typename P::Element* a, int64_t lda,
-                         const typename P::Element* b, float* c, int64_t ldc, bool accumulate) {
+                         const typename P::Element* b, float* c, int64_t ldc, bool accumulate,
+                         const Prefetch& prefetch) {
   f32v acc[MR][NV];
 #pragma GCC unroll 6
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) acc[i][j] = accumulate ? load(c + i * ldc + j * kLanes) : zero();
   }
-#pragma GCC unroll 4
-  for (int64_t s = 0; s < steps; ++s) {
+  const auto step = [&]() __attribute__((always_inline)) {
     typename P::Unit line[NV];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) line[j] = P::load_unit(b + j * kLanes * P::kPair);
@@ -48,7 +60,15 @@ static void micro_kernel(int64_t steps, const typename P::Element* a, int64_t ld
     }
     a += P::kPair;
     b += NV * kLanes * P::kPair;
+  };
+  constexpr int kUnroll = 8;
+  int64_t s = 0;
+  for (; s + kUnroll <= steps; s += kUnroll) {
+    prefetch.at(s);
+#pragma GCC unroll 8
+    for (int i = 0; i < kUnroll; ++i) step();
   }
+  for (; s < steps; ++s) step();
 #pragma GCC unroll 6
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
@@ -60,7 +80,8 @@ static void micro_kernel(int64_t steps, const typename P::Element* a, int64_t ld
 template <class P>
 struct MicroKernels {
   using Function = void (*)(int64_t steps, const typename P::Element* a, int64_t lda,
-                            const typename P::Element* b, float* c, int64_t ldc, bool accumulate);
+                            const typename P::Element* b, float* c, int64_t ldc, bool accumulate,
+                            const Prefetch& prefetch);
 
   template <int MR>
   struct Row {
@@ -134,6 +155,18 @@ struct Weight {
   bool gated;  // rows n.. are the values of a gated unit: panels hold gates, then their values
 
   int64_t panel_columns() const { return gated ? kPanel / 2 : kPanel; }
+
+  // Share `part` of `parts` of the rows behind the panel at column col, from k0 on.
+  template <class P>
+  Prefetch prefetch(int64_t col, int64_t k0, int64_t part, int64_t parts) const {
+    if (col >= n) return {};
+    const int64_t cols = min(panel_columns(), n - col), size = dtype == DType::kF32 ? 4 : 2;
+    const int64_t share = ceil_div(gated ? 2 * cols : cols, parts);
+    int64_t first = part * share, end = cols;
+    if (gated && first >= cols) first += n - cols, end = n + cols;
+    const char* at = static_cast<const char*>(data) + ((col + first) * ld + k0) * size;
+    return {at, ld * size, P::kPair * size, max(min(share, end - first), 0)};
+  }
 };
 
 // Columns col .. col + cols of the weight, k0 .. k0 + k. Returns the panel's width in vectors.
@@ -192,6 +225,9 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
     for (int64_t k = w.k; k % P::kPair != 0; ++k) out[k] = Element{};
   };
 
+  // Tasks are handed out in order, so a thread's next one is probably `threads` further on.
+  const auto next_column = [&](int64_t task) { return (task + threads) / chunks * panel_columns; };
+
   const auto run_task = [&](int64_t block, int64_t block_size, int64_t task, char* worker) {
     const int64_t col = task / chunks * panel_columns, cols = min(panel_columns, w.n - col);
     const int64_t begin = task % chunks * chunk_rows, end = min(begin + chunk_rows, block_size);
@@ -199,18 +235,22 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
     auto* partial =
         reinterpret_cast<float*>(worker + round_up(panel_elements * sizeof(Element), 64));
     if (begin >= end) return;
+    const int64_t groups = ceil_div(end - begin, kRows);
     int64_t k0 = 0;
     do {  // once even for K == 0: the epilogue still has a bias to store
-      const int64_t k = min(kc, w.k - k0);
+      const int64_t k = min(kc, w.k - k0), next = k0 + kc;
       const int64_t vectors = pack_panel<P>(w, col, cols, k0, k, panel);
-      for (int64_t r = begin; r < end; r += kRows) {
-        const int64_t mr = min(kRows, end - r);
-        float* tile = k_chunks > 1 ? partial + (r - begin) * kPanel : partial;
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t r = begin + g * kRows, mr = min(kRows, end - r);
+        float* tile = k_chunks > 1 ? partial + g * kRows * kPanel : partial;
+        const Prefetch prefetch = next < w.k
+                                      ? w.prefetch<P>(col, next, g, groups)
+                                      : w.prefetch<P>(next_column(task), 0, g, groups);
         MicroKernels<P>::get(mr, vectors)(ceil_div(k, P::kPair), rows + r * lda + k0, lda, panel,
-                                          tile, kPanel, k0 > 0);
-        if (k0 + kc >= w.k) epilogue(tile, block + r, mr, col, cols);
+                                          tile, kPanel, k0 > 0, prefetch);
+        if (next >= w.k) epilogue(tile, block + r, mr, col, cols);
       }
-      k0 += kc;
+      k0 = next;
     } while (k0 < w.k);
   };
 
