@@ -1,0 +1,141 @@
+"""The operators in plain torch: slow, obvious, differentiable, in any float dtype.  The only ground truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if t is None else t.to(dtype)
+
+
+def _normalize(x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    dim = (x.shape[-1],)
+    if norm == "layer":
+        return F.layer_norm(x, dim, _cast(weight, x.dtype), _cast(bias, x.dtype), eps)
+    if norm == "rms":
+        return F.rms_norm(x, dim, _cast(weight, x.dtype), eps)
+    return x
+
+
+def _activate(x: Tensor, activation: str) -> Tensor:
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if activation == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "relu":
+        return F.relu(x)
+    if activation == "swiglu":
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+    return x
+
+
+def norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "layer",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str = "none",
+) -> Tensor:
+    """activation(norm(x) @ weight.T + bias); arguments as in `fastvit.ops.norm_linear`."""
+    return _activate(F.linear(_normalize(x, norm, norm_weight, norm_bias, eps), weight, bias), activation)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
+    """softmax(scale * q @ k.T + bias) @ v per head; arguments as in `fastvit.ops.attention`."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    logits = (q @ k.transpose(-2, -1)) * scale
+    if bias is not None:
+        logits = logits + bias
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    highest = wide.amax(-1, keepdim=True)
+    weights = (wide - torch.where(highest.isinf(), 0.0, highest)).exp()
+    # A row whose keys are all masked sums to zero: its output is zero, not 0 / 0.
+    weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+
+
+def attention_qkvpacked(qkv: Tensor, num_heads: int, *, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
+    """`attention` of a packed (B, N, 3 * num_heads * head_dim) projection."""
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
+    return attention(q, k, v, scale=scale, bias=bias)
+
+
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor,
+    layer_scale: Tensor | None = None,
+    drop_path: Tensor | None = None,
+) -> Tensor:
+    """residual + drop_path * layer_scale * (x @ weight.T + bias); arguments as in `fastvit.ops.linear_residual`."""
+    branch = F.linear(x, weight, bias)
+    if layer_scale is not None:
+        branch = branch * layer_scale
+    if drop_path is not None:
+        branch = branch * drop_path.view(-1, *[1] * (branch.ndim - 1)).to(branch.dtype)
+    return (residual + branch).to(residual.dtype)
+
+
+def patch_embed(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pos_embed: Tensor | None = None,
+    prefix: Tensor | None = None,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
+) -> Tensor:
+    """Cut into patches, flatten, project, add positions, prepend; arguments as in `fastvit.ops.patch_embed`."""
+    if not image.is_floating_point():
+        image = image.to(weight.dtype) / 255
+    for values, apply in ((mean, torch.sub), (std, torch.div)):
+        if values is not None:
+            image = apply(image, torch.as_tensor(values, dtype=image.dtype, device=image.device).view(-1, 1, 1))
+    patches = image.unfold(2, weight.shape[2], weight.shape[2]).unfold(3, weight.shape[3], weight.shape[3])
+    # (B, C, rows, columns, P1, P2) -> (B, N, C * P1 * P2), the order of a convolution's weight.
+    patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    x = F.linear(patches, weight.flatten(1), bias)
+    if pos_embed is not None:
+        x = x + pos_embed
+    if prefix is not None:
+        x = torch.cat([prefix.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
+    return x
+
+
+def pool(
+    x: Tensor,
+    *,
+    mode: str = "token",
+    num_prefix_tokens: int = 1,
+    norm: str = "layer",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Final norm, token or mean pooling and head; arguments as in `fastvit.ops.pool`."""
+    if mode == "norm_avg":
+        x = _normalize(x, norm, norm_weight, norm_bias, eps)[:, num_prefix_tokens:].mean(1)
+    else:
+        x = x[:, 0] if mode == "token" else x[:, num_prefix_tokens:].mean(1)
+        x = _normalize(x, norm, norm_weight, norm_bias, eps)
+    return x if weight is None else F.linear(x, weight, bias)
