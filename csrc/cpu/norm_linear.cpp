@@ -17,6 +17,10 @@ struct Activate {
   Rows out;
   const float* bias;
 
+  void prefetch(int64_t row, int64_t rows, int64_t col) const {
+    for (int64_t i = 0; i < rows; ++i) out.prefetch<true>((row + i) * out.ld + col);
+  }
+
   void operator()(const float* tile, int64_t row, int64_t rows, int64_t col, int64_t cols) const {
     for (int64_t j = 0; j < cols; j += kLanes) {
       const f32v b = load(bias + col + j);
@@ -33,6 +37,10 @@ struct SwiGlu {
   Rows out;
   const float* bias;
   const float* value_bias;
+
+  void prefetch(int64_t row, int64_t rows, int64_t col) const {
+    for (int64_t i = 0; i < rows; ++i) out.prefetch<true>((row + i) * out.ld + col);
+  }
 
   void operator()(const float* tile, int64_t row, int64_t rows, int64_t col, int64_t cols) const {
     const float* values = tile + round_up(cols, kLanes);

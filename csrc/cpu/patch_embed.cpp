@@ -69,10 +69,17 @@ struct AddPosition {
   const float* bias;
   const View* pos_embed;
 
+  int64_t offset(int64_t row) const {
+    return row / count * sample_stride + (prefix + row % count) * out.ld;
+  }
+
+  void prefetch(int64_t row, int64_t rows, int64_t col) const {
+    for (int64_t i = 0; i < rows; ++i) out.prefetch<true>(offset(row + i) + col);
+  }
+
   void operator()(const float* tile, int64_t row, int64_t rows, int64_t col, int64_t cols) const {
     for (int64_t i = 0; i < rows; ++i) {
-      const int64_t sample = (row + i) / count, patch = (row + i) % count;
-      const int64_t to = sample * sample_stride + (prefix + patch) * out.ld + col;
+      const int64_t patch = (row + i) % count, to = offset(row + i) + col;
       for (int64_t j = 0; j < cols; j += kLanes) {
         f32v y = load(tile + i * kPanel + j) + load(bias + col + j);
         if (pos_embed) {

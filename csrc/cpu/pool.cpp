@@ -56,6 +56,10 @@ struct AddBias {
   Rows out;
   const float* bias;
 
+  void prefetch(int64_t row, int64_t rows, int64_t col) const {
+    for (int64_t i = 0; i < rows; ++i) out.prefetch<true>((row + i) * out.ld + col);
+  }
+
   void operator()(const float* tile, int64_t row, int64_t rows, int64_t col, int64_t cols) const {
     for (int64_t j = 0; j < cols; j += kLanes) {
       for (int64_t i = 0; i < rows; ++i) {

@@ -25,15 +25,17 @@ namespace fastvit::cpu::FASTVIT_ISA {
 
 // ---- Micro-kernel -------------------------------------------------------------------------------
 
-// Memory that the micro-kernel touches in passing, for the panel that will be packed next: at step s
-// the byte s * step of `count` rows.
+// What the micro-kernel fetches into L2 in passing: the rows of A that come next, and the weights
+// that will be packed next (at step s, byte s * step of `count` rows).
 struct Prefetch {
-  const char* rows = nullptr;
+  const char* a = nullptr;
+  const char* weights = nullptr;
   int64_t ld = 0, step = 0;  // bytes
   int64_t count = 0;
 
   FASTVIT_INLINE_METHOD void at(int64_t s) const {
-    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(rows + i * ld + s * step, 0, 2);
+    for (int64_t i = 0; i < kRows / 2; ++i) __builtin_prefetch(a + s * kRows * 4 + i * 64, 0, 2);
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(weights + i * ld + s * step, 0, 2);
   }
 };
 
@@ -165,7 +167,7 @@ struct Weight {
     int64_t first = part * share, end = cols;
     if (gated && first >= cols) first += n - cols, end = n + cols;
     const char* at = static_cast<const char*>(data) + ((col + first) * ld + k0) * size;
-    return {at, ld * size, P::kPair * size, max(min(share, end - first), 0)};
+    return {nullptr, at, ld * size, P::kPair * size, max(min(share, end - first), 0)};
   }
 };
 
@@ -187,6 +189,7 @@ static int64_t pack_panel(const Weight& w, int64_t col, int64_t cols, int64_t k0
 
 // source(row, out): writes the k elements of a row of A.
 // epilogue(tile, row, rows, col, cols): takes rows x cols results; a tile's rows are kPanel apart.
+// epilogue.prefetch(row, rows, col): fetches what it will read and write for a tile.
 template <class P, class Source, class Epilogue>
 static void product(int64_t m, const Weight& w, int requested_threads, const Source& source,
                     const Epilogue& epilogue) {
@@ -243,9 +246,10 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t r = begin + g * kRows, mr = min(kRows, end - r);
         float* tile = k_chunks > 1 ? partial + g * kRows * kPanel : partial;
-        const Prefetch prefetch = next < w.k
-                                      ? w.prefetch<P>(col, next, g, groups)
-                                      : w.prefetch<P>(next_column(task), 0, g, groups);
+        epilogue.prefetch(block + r, mr, col);
+        Prefetch prefetch = next < w.k ? w.prefetch<P>(col, next, g, groups)
+                                       : w.prefetch<P>(next_column(task), 0, g, groups);
+        prefetch.a = reinterpret_cast<const char*>(rows + (r + kRows) * lda + k0);
         MicroKernels<P>::get(mr, vectors)(ceil_div(k, P::kPair), rows + r * lda + k0, lda, panel,
                                           tile, kPanel, k0 > 0, prefetch);
         if (next >= w.k) epilogue(tile, block + r, mr, col, cols);

@@ -24,6 +24,14 @@ struct Rows {
     return n >= kLanes ? load(p) : load(p, n);
   }
 
+  // The cache lines of one panel's columns. A line that will be written is fetched for writing.
+  template <bool kWrite>
+  FASTVIT_INLINE_METHOD void prefetch(int64_t offset) const {
+    const int64_t size = dtype == DType::kF32 ? 4 : 2;
+    const char* p = static_cast<const char*>(data) + offset * size;
+    for (int64_t i = 0; i < kPanel * size; i += 64) __builtin_prefetch(p + i, kWrite, 2);
+  }
+
   FASTVIT_INLINE_METHOD void store_at(int64_t offset, f32v v, int64_t n) const {
     if (dtype == DType::kF32) {
       float* p = static_cast<float*>(data) + offset;

@@ -27,7 +27,7 @@ class Buffer {
     std::free(data_);
     data_ = nullptr;
     capacity_ = 0;
-    const bool large = bytes >= kHugePage;
+    const bool large = bytes >= kHugePage / 16;
     const size_t align = large ? kHugePage : 64;
     const size_t rounded = (bytes + align - 1) / align * align;
     data_ = std::aligned_alloc(align, rounded);
