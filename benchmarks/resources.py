@@ -1,0 +1,369 @@
+"""What every shipped Triton kernel costs a GPU that is not here: registers, shared memory, spills, tensor-core products.
+
+    python -m benchmarks.resources [--arch sm90 ...] [--only TEXT] [--json]
+
+compiles, ahead of time, what the launchers of `fastvit.kernels` would run on the shapes of real models, prints a table
+and writes it to benchmarks/results/resources.md.  Needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    sys.exit("benchmarks.resources compiles kernels: unset TRITON_INTERPRET")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastvit.kernels.attention import attention
+from fastvit.kernels.launch import ARCHS, Launch, record
+from fastvit.kernels.linear_residual import linear_residual
+from fastvit.kernels.norm_linear import norm_linear
+
+RESULTS = Path(__file__).with_name("results") / "resources.md"
+
+_TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+# Bytes of shared memory that one block may ask for.
+SHARED_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gfx942": 64 * 1024}
+
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
+
+# Tensor-core instructions, by the name under which the table counts them.
+_PRODUCTS = {"mma": r"\bHMMA", "wgmma": r"\bHGMMA", "tcgen05": r"\bUTC\w*MMA", "mfma": r"\bv_s?mfma"}
+
+
+class Case(NamedTuple):
+    """A call of a launcher on meta tensors."""
+
+    operator: str
+    label: str
+    dtype: torch.dtype
+    call: Callable[[], Any]
+
+
+@dataclass
+class Resources:
+    """One compiled kernel."""
+
+    operator: str
+    label: str
+    dtype: str
+    arch: str
+    kernel: str
+    config: str
+    warps: int
+    stages: int
+    registers: int
+    shared: int
+    spilled: int  # bytes of stack or local memory, or instructions that touch it
+    instructions: int
+    mma: int = 0
+    wgmma: int = 0
+    tcgen05: int = 0
+    mfma: int = 0
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel, every tile of its table and every compile-time feature, at the shapes of real models."""
+    yield from _attention_cases()
+    yield from _norm_linear_cases()
+    yield from _linear_residual_cases()
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _attention_cases() -> Iterator[Case]:
+    def case(
+        label: str, n: int, heads: int, head_dim: int, dtype: torch.dtype = torch.bfloat16, *, nq: int | None = None,
+        bias: bool = False, batch: int = 64,
+    ) -> Case:  # fmt: skip
+        def call() -> None:
+            q, k, v = _meta(batch, n, 3, heads, head_dim, dtype=dtype).unbind(2)
+            q = q if nq is None else _meta(batch, nq, heads, head_dim, dtype=dtype)
+            attention(q, k, v, bias=_meta(heads, q.shape[1], n, dtype=dtype) if bias else None)
+
+        return Case("attention", f"{label}, N={n}, D={head_dim}", dtype, call)
+
+    # Every chunking of the short path, then its longest rows at every other width.
+    for n in (10, 25, 50, 77, 101, 144, 190, 197, 256, 257):
+        yield case("ViT-B", n, 12, 64)
+    yield case("SigLIP", 256, 16, 72)
+    yield case("ViT-g", 197, 16, 88)
+    yield case("wide", 101, 16, 128)
+    yield case("ViT-B fp16", 197, 12, 64, torch.float16)
+    yield case("one query", 197, 12, 64, nq=1)
+    for head_dim in (64, 96):
+        yield case("bias", 101, 12, head_dim, bias=True)
+    # Every tile of the streaming path.
+    for head_dim in (64, 88, 104, 128, 256):
+        yield case("long", 577, 12, head_dim)
+        yield case("long with bias", 577, 12, head_dim, bias=True)
+        yield case("long", 577, 12, head_dim, torch.float32)
+    for head_dim in (64, 104, 256):
+        yield case("long with bias", 577, 12, head_dim, torch.float32, bias=True)
+    yield case("long, one query", 577, 12, 64, nq=1)
+    # Both blocks of a tail.
+    yield case("long", 730, 16, 80)
+
+
+def _norm_linear_cases() -> Iterator[Case]:
+    def case(
+        label: str, batch: int, k: int, features: int, dtype: torch.dtype = torch.bfloat16, *, norm: str = "layer",
+        activation: str = "none", x_dtype: torch.dtype | None = None, tf32: bool = False,
+    ) -> Case:  # fmt: skip
+        def call() -> None:
+            x = _meta(batch, 197, k, dtype=x_dtype or dtype)
+            vector = None if norm == "none" else _meta(k, dtype=torch.float32)
+            with _matmul_precision("high" if tf32 else "highest"):
+                norm_linear(
+                    x,
+                    _meta(features, k, dtype=dtype),
+                    _meta(features, dtype=dtype),
+                    norm=norm,
+                    norm_weight=vector,
+                    norm_bias=vector if norm == "layer" else None,
+                    activation=activation,
+                )
+
+        return Case("norm_linear", f"{label}, M={batch * 197}", dtype, call)
+
+    for batch in (1, 32, 256):
+        yield case("FC1 GELU", batch, 768, 3072, activation="gelu")
+        yield case("SwiGLU", batch, 1408, 6144, norm="rms", activation="swiglu")
+    yield case("FC1 GELU fp16", 256, 768, 3072, torch.float16, activation="gelu")
+    yield case("FC1 GELU, x fp32", 256, 768, 3072, activation="gelu", x_dtype=torch.float32)
+    yield case("QKV", 256, 1152, 3456)
+    yield case("no norm, K=2730", 256, 2730, 1024, norm="none")
+    for activation in ("gelu_tanh", "quick_gelu", "silu", "relu"):
+        yield case(activation, 256, 768, 3072, activation=activation)
+    for tf32 in (False, True):
+        yield case("FC1 GELU", 256, 768, 3072, torch.float32, activation="gelu", tf32=tf32)
+        yield case("SwiGLU", 256, 1408, 6144, torch.float32, activation="swiglu", tf32=tf32)
+
+
+def _linear_residual_cases() -> Iterator[Case]:
+    def case(
+        label: str, batch: int, k: int, n: int, dtype: torch.dtype, residual: torch.dtype, tf32: bool = False
+    ) -> Case:
+        def call() -> None:
+            with _matmul_precision("high" if tf32 else "highest"):
+                linear_residual(
+                    _meta(batch, 197, k, dtype=dtype),
+                    _meta(n, k, dtype=dtype),
+                    _meta(n, dtype=dtype),
+                    residual=_meta(batch, 197, n, dtype=residual),
+                    layer_scale=_meta(n, dtype=torch.float32),
+                    drop_path=_meta(batch, dtype=torch.float32),
+                )
+
+        return Case("linear_residual", f"{label}, M={batch * 197}", dtype, call)
+
+    bf16, f32 = torch.bfloat16, torch.float32
+    for batch in (2, 32, 256):
+        yield case("FC2", batch, 3072, 768, bf16, bf16)
+    yield case("FC2, residual fp32", 256, 3072, 768, bf16, f32)
+    yield case("FC2, K=2730", 256, 2730, 1024, bf16, bf16)
+    for tf32 in (False, True):
+        yield case("FC2", 256, 3072, 768, f32, f32, tf32)
+
+
+@contextlib.contextmanager
+def _matmul_precision(name: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def compile_launch(launch: Launch, arch: str) -> Any:
+    """What Triton's own launch would compile: same types, same specialisation, pointers aligned to 16 bytes."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for parameter in launch.kernel.params:
+        value = launch.arguments[parameter.name]
+        at = (parameter.num,)
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[at] = value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = "*" + _TYPES[value.dtype]
+            attributes[at] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[at] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32"
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return triton.compile(source, target=_TARGETS[arch], options=options)
+
+
+def measure(case: Case, launch: Launch, arch: str) -> Resources:
+    """Compile one launch and read its machine code.  Raises what the compiler raises."""
+    compiled = compile_launch(launch, arch)
+    read = _read_amd if arch.startswith("gfx") else _read_nvidia
+    registers, spilled, code = read(compiled)
+    config = " ".join(
+        f"{name}={value}"
+        for name, value in launch.arguments.items()
+        if name.isupper() and name not in ("ALIGN", "HEAD_DIM", "PRECISION")
+    )
+    return Resources(
+        operator=case.operator,
+        label=case.label,
+        dtype=_TYPES[case.dtype],
+        arch=arch,
+        kernel=launch.kernel.__name__,
+        config=config,
+        warps=launch.num_warps,
+        stages=launch.num_stages,
+        registers=registers,
+        shared=compiled.metadata.shared,
+        spilled=spilled,
+        instructions=len(re.findall(r"/\*[0-9a-f]{4,}\*/", code)) or len(re.findall(r"^\t[vsdgb]\w+_", code, re.M)),
+        **{name: len(re.findall(pattern, code)) for name, pattern in _PRODUCTS.items()},
+    )
+
+
+def _tool(name: str) -> str:
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    found = str(bundled) if bundled.exists() else shutil.which(name)
+    if found is None:
+        sys.exit(f"benchmarks.resources needs {name}: neither in triton's wheel nor on PATH (CUDA toolkit)")
+    return found
+
+
+def _read_nvidia(compiled: Any) -> tuple[int, int, str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.check_output([_tool("cuobjdump"), "--dump-resource-usage", file.name], text=True)
+        code = subprocess.check_output([_tool("nvdisasm"), "-c", file.name], text=True)
+    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert match is not None, usage
+    registers, stack, local = map(int, match.groups())
+    return registers, stack + local + len(re.findall(r"\b(?:LDL|STL)\b", code)), code
+
+
+def _read_amd(compiled: Any) -> tuple[int, int, str]:
+    code = compiled.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        match = re.search(rf"\.{name}:\s+(\d+)", code)
+        assert match is not None, name
+        return int(match[1])
+
+    return field("vgpr_count"), field("vgpr_spill_count") + field("private_segment_fixed_size"), code
+
+
+def _work(archs: tuple[str, ...], only: str) -> list[tuple[str, int, int]]:
+    """(arch, case, launch) of every kernel to compile, each distinct one once."""
+    seen = set()
+    work = []
+    for arch in archs:
+        for i, case in enumerate(cases()):
+            if only not in f"{case.operator} {case.label}":
+                continue
+            with record(arch) as launches:
+                case.call()
+            for j, launch in enumerate(launches):
+                key = (arch, launch.kernel.__name__, _key(launch), launch.num_warps, launch.num_stages)
+                if key not in seen:
+                    seen.add(key)
+                    work.append((arch, i, j))
+    return work
+
+
+def _key(launch: Launch) -> str:
+    return repr([v.dtype if isinstance(v, Tensor) else v for v in launch.arguments.values()])
+
+
+def _measure_one(item: tuple[str, int, int]) -> Resources | str:
+    arch, i, j = item
+    case = list(cases())[i]
+    with record(arch) as launches:
+        case.call()
+    try:
+        return measure(case, launches[j], arch)
+    except Exception as error:  # the table shows every kernel, whatever happened to one
+        return f"{arch} {case.operator} ({case.label}) {launches[j].kernel.__name__}: {type(error).__name__}: {error}"
+
+
+def collect(
+    archs: tuple[str, ...] = ARCHS, only: str = "", jobs: int | None = None
+) -> tuple[list[Resources], list[str]]:
+    """Compile everything: the kernels' resources, and what failed to compile."""
+    with ProcessPoolExecutor(jobs or os.cpu_count()) as pool:
+        done = list(pool.map(_measure_one, _work(archs, only)))
+    return [d for d in done if isinstance(d, Resources)], [d for d in done if isinstance(d, str)]
+
+
+def table(resources: list[Resources]) -> str:
+    """Markdown."""
+    columns = ("arch", "operator", "case", "dtype", "kernel", "configuration", "warps", "stages", "registers")
+    columns += ("shared KB", "spilled", "instructions", "products")
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for r in resources:
+        products = ", ".join(f"{getattr(r, name)} {name}" for name in _PRODUCTS if getattr(r, name)) or "none"
+        cells = (r.arch, r.operator, r.label, r.dtype, r.kernel, r.config, r.warps, r.stages, r.registers)
+        cells += (f"{r.shared / 1024:.1f}", r.spilled, r.instructions, products)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", action="append", choices=ARCHS, help="may be repeated; default: all")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only cases whose name contains TEXT; writes no file"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON; writes no file")
+    arguments = parser.parse_args()
+    resources, failures = collect(tuple(arguments.arch or ARCHS), arguments.only)
+    if arguments.json:
+        print(json.dumps({"resources": [asdict(r) for r in resources], "failures": failures}))
+        return 0
+    print(table(resources))
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    if not arguments.only and not arguments.arch:
+        RESULTS.parent.mkdir(exist_ok=True)
+        heading = (
+            f"# Resources of the Triton kernels\n\nTriton {triton.__version__}; `python -m benchmarks.resources`.\n\n"
+        )
+        RESULTS.write_text(heading + table(resources))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

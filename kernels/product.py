@@ -1,0 +1,81 @@
+"""The main loop that norm_linear and linear_residual share: one tile of norm(x) @ weight.T, accumulated in float32."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_index(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """(row, column) of a tile.  GROUP_M rows of tiles are finished before the next, so that they share weights in L2."""
+    rows = tl.cdiv(M, BLOCK_M)
+    columns = tl.cdiv(N, BLOCK_N)
+    group = tile // (GROUP_M * columns)
+    inside = tile % (GROUP_M * columns)
+    height = tl.minimum(rows - group * GROUP_M, GROUP_M)
+    return group * GROUP_M + inside % height, inside // height
+
+
+@triton.jit
+def tile_product(
+    x, x_row, weight, weight_row, mean, rstd, norm_weight, norm_bias, row, column, M, N, K, VALUE,
+    NORM: tl.constexpr, GATED: tl.constexpr, EVEN_K: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Rows `row`.. of norm(x) times rows `column`.. of weight; GATED: times rows VALUE + `column`.. too.
+
+    Products run in weight's dtype.  Rows are normalised, or only converted, between shared memory and the tensor core,
+    by the row statistics `mean` and `rstd` [M]; NORM "none" with x in weight's dtype leaves them as they are.
+    Rows and columns beyond the last repeat the last and are for the caller to leave out.
+    """
+    if ALIGN < 16:  # a common divisor of K and both strides; Triton finds 16 in the arguments itself
+        x_row = tl.multiple_of(x_row, ALIGN)
+        weight_row = tl.multiple_of(weight_row, ALIGN)
+        K = tl.multiple_of(K, ALIGN)
+    m = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - row)
+    n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - column)
+    k = tl.arange(0, BLOCK_K)
+    # In-tile offsets fit 32 bits, tensors need not.
+    x_at = x + tl.cast(row, tl.int64) * x_row + (m[:, None] * x_row + k[None, :])
+    weight_at = weight + tl.cast(column, tl.int64) * weight_row + (n[:, None] * weight_row + k[None, :])
+    if GATED:
+        value_at = weight_at + tl.cast(VALUE, tl.int64) * weight_row
+        value = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if NORM != "none":
+        scale = tl.load(rstd + row + m)[:, None]
+        if NORM == "layer":
+            centre = tl.load(mean + row + m)[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in tl.range(0, K, BLOCK_K):
+        inside = k < K - start
+        if EVEN_K:
+            a = tl.load(x_at)
+            b = tl.load(weight_at)
+        else:
+            a = tl.load(x_at, mask=inside[None, :], other=0.0)
+            b = tl.load(weight_at, mask=inside[None, :], other=0.0)
+        if NORM != "none":
+            a = a.to(tl.float32)
+            if NORM == "layer":
+                a = a - centre
+            a = a * scale
+            if norm_weight is not None:
+                a = a * tl.load(norm_weight + start + k, mask=inside, other=0.0).to(tl.float32)[None, :]
+            if norm_bias is not None:
+                a = a + tl.load(norm_bias + start + k, mask=inside, other=0.0).to(tl.float32)[None, :]
+        a = a.to(weight.dtype.element_ty)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+        if GATED:
+            if EVEN_K:
+                v = tl.load(value_at)
+            else:
+                v = tl.load(value_at, mask=inside[None, :], other=0.0)
+            value = tl.dot(a, tl.trans(v), value, input_precision=PRECISION)
+            value_at += BLOCK_K
+        x_at += BLOCK_K
+        weight_at += BLOCK_K
+    if GATED:
+        return acc, value
+    else:
+        return acc, acc

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvit.kernels.linear_residual import linear_residual
+from tests import nasty
+from tests.tolerances import assert_close
+
+
+def plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    residual: Tensor,
+    layer_scale: Tensor | None = None,
+    drop_path: Tensor | None = None,
+) -> Tensor:
+    y = F.linear(x, weight, bias)
+    if layer_scale is not None:
+        y = y * layer_scale
+    if drop_path is not None:
+        y = y * drop_path.view(-1, *[1] * (y.ndim - 1))
+    return residual + y
+
+
+def check(
+    device: torch.device,
+    shape: tuple[int, ...],
+    features: int,
+    dtype: torch.dtype,
+    *,
+    residual_dtype: torch.dtype | None = None,
+    without: tuple[str, ...] = (),
+    layout: str = "contiguous",
+) -> None:
+    x = nasty.strided(nasty.tokens(*shape).to(dtype), layout)
+    weight = nasty.weight(features, shape[-1]).to(dtype)
+    residual = nasty.strided(nasty.tokens(*shape[:-1], features, seed=7).to(residual_dtype or dtype), layout)
+    vectors = {
+        "bias": nasty.vector(features).to(dtype),
+        "layer_scale": nasty.vector(features, 3).to(dtype),
+        "drop_path": torch.tensor([0.0, 1.25, 1.25, 0.0, 1.25])[: shape[0]].to(dtype),
+    }
+    vectors = {name: None if name in without else t for name, t in vectors.items()}
+    truth = plain(
+        x.double(),
+        weight.double(),
+        residual=residual.double(),
+        **{name: None if t is None else t.double() for name, t in vectors.items()},
+    )
+    eager = plain(x, weight, residual=residual, **vectors)
+    result = linear_residual(
+        x.to(device),
+        weight.to(device),
+        residual=residual.to(device),
+        **{name: None if t is None else t.to(device) for name, t in vectors.items()},
+    ).cpu()
+    assert result.dtype == residual.dtype
+    assert_close(result, truth, eager=eager)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 64), (3, 50, 96), (5, 96)])
+def test_shapes(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check(device, shape, 72, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("without", [("bias",), ("layer_scale",), ("drop_path",), ("bias", "layer_scale", "drop_path")])
+def test_absent_vectors(device: torch.device, without: tuple[str, ...], dtype: torch.dtype) -> None:
+    check(device, (2, 5, 64), 24, dtype, without=without)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("k", "features"), [(2730, 33), (588, 130), (30, 70)])
+def test_odd_widths(device: torch.device, k: int, features: int, dtype: torch.dtype) -> None:
+    check(device, (2, 3, k), features, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_residual_stream_in_float32(device: torch.device, dtype: torch.dtype) -> None:
+    check(device, (2, 20, 96), 48, dtype, residual_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("layout", ["sliced", "transposed"])
+def test_strides(device: torch.device, layout: str) -> None:
+    check(device, (2, 10, 80), 32, torch.float32, layout=layout)
+
+
+def test_every_tile_of_the_table(device: torch.device) -> None:
+    for m in (2049, 16385):
+        check(device, (1, m, 32), 40, torch.float16)

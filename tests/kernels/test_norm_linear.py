@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvit.kernels.norm_linear import norm_linear
+from tests import nasty
+from tests.tolerances import FLOAT32, assert_close, relative_l2
+
+ACTIVATIONS = {
+    "none": lambda y: y,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "quick_gelu": lambda y: y * torch.sigmoid(1.702 * y),
+    "silu": F.silu,
+    "relu": F.relu,
+    "swiglu": lambda y: F.silu(y.chunk(2, -1)[0]) * y.chunk(2, -1)[1],
+}
+
+
+def plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    size = x.shape[-1:]
+    if norm == "layer":
+        x = F.layer_norm(x, size, norm_weight, norm_bias, eps)
+    elif norm == "rms":
+        x = F.rms_norm(x, size, norm_weight, eps)
+    return ACTIVATIONS[activation](F.linear(x, weight, bias))
+
+
+def check(
+    device: torch.device,
+    x: Tensor,
+    features: int,
+    dtype: torch.dtype,
+    *,
+    norm: str = "layer",
+    activation: str = "none",
+    affine: bool = True,
+    bias: bool = True,
+    layout: str = "contiguous",
+) -> None:
+    k = x.shape[-1]
+    x = nasty.strided(x.to(dtype), layout)
+    weight = nasty.weight(2 * features if activation == "swiglu" else features, k).to(dtype)
+    arguments = {
+        "bias": nasty.vector(weight.shape[0]) if bias else None,
+        "norm_weight": nasty.vector(k, 3, mean=1.0) if affine and norm != "none" else None,
+        "norm_bias": nasty.vector(k, 4) if affine and norm == "layer" else None,
+    }
+    arguments = {name: None if t is None else t.to(dtype) for name, t in arguments.items()}
+    options = {"norm": norm, "eps": 1e-5, "activation": activation}
+    truth = plain(
+        x.double(), weight.double(), **{n: None if t is None else t.double() for n, t in arguments.items()}, **options
+    )
+    eager = plain(x, weight, **arguments, **options)
+    moved = {name: None if t is None else t.to(device) for name, t in arguments.items()}
+    result = norm_linear(x.to(device), weight.to(device), **moved, **options).cpu()
+    assert result.dtype == dtype
+    assert_close(result, truth, eager=eager)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", ["none", "layer", "rms"])
+def test_norms(device: torch.device, norm: str, dtype: torch.dtype) -> None:
+    check(device, nasty.tokens(2, 5, 96), 40, dtype, norm=norm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(device: torch.device, activation: str, dtype: torch.dtype) -> None:
+    check(device, nasty.tokens(70, 64), 72, dtype, activation=activation)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_absent_vectors(device: torch.device, bias: bool, affine: bool, dtype: torch.dtype) -> None:
+    check(device, nasty.tokens(5, 64), 24, dtype, affine=affine, bias=bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("offset", [10.0, 99.0])
+def test_mean_far_above_deviation(device: torch.device, offset: float, dtype: torch.dtype) -> None:
+    check(device, nasty.tokens(50, 192, offset=offset, massive=0), 64, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("k", "features"), [(2730, 33), (588, 130), (30, 300)])
+def test_odd_widths(device: torch.device, k: int, features: int, dtype: torch.dtype) -> None:
+    check(device, nasty.tokens(3, k), features, dtype, activation="swiglu")
+
+
+@pytest.mark.parametrize("layout", ["sliced", "transposed"])
+def test_strides(device: torch.device, layout: str) -> None:
+    check(device, nasty.tokens(2, 10, 80), 32, torch.float32, layout=layout)
+
+
+def test_every_tile_of_the_table(device: torch.device) -> None:
+    """Rows enough for each tile; few columns, as the interpreter is slow."""
+    for m in (2049, 16385):
+        check(device, nasty.tokens(m, 32), 40, torch.float16, norm="none", activation="gelu")
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mixed_dtypes(device: torch.device, weight_dtype: torch.dtype) -> None:
+    """As under autocast: x is normalised in its own dtype, then products run in the narrower one."""
+    low = torch.bfloat16
+    x = nasty.tokens(20, 96, offset=50.0)
+    x = x.to(torch.float32 if weight_dtype == low else low)
+    weight, bias = nasty.weight(48, 96).to(weight_dtype), nasty.vector(48).to(weight_dtype)
+    gamma, beta = nasty.vector(96, 3, mean=1.0).float(), nasty.vector(96, 4).float()
+    options = {"norm": "layer", "eps": 1e-6, "activation": "gelu"}
+    truth = plain(
+        x.double(), weight.double(), bias.double(), norm_weight=gamma.double(), norm_bias=beta.double(), **options
+    )
+    normed = F.layer_norm(x.float(), (96,), gamma, beta, 1e-6).to(low)
+    eager = F.gelu(F.linear(normed, weight.to(low), bias.to(low)))
+    result = norm_linear(
+        x.to(device),
+        weight.to(device),
+        bias.to(device),
+        norm_weight=gamma.to(device),
+        norm_bias=beta.to(device),
+        **options,
+    )
+    assert result.dtype == low
+    assert_close(result.cpu(), truth, eager=eager)
+
+
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a != "swiglu"])
+def test_activation_everywhere(device: torch.device, activation: str) -> None:
+    """The whole range of an activation, tails included: exact in float32, to a tenth of its rounding in 16 bits."""
+    y = torch.cat([torch.linspace(-12, 12, 1201), torch.tensor([-1000.0, -50.0, 50.0, 1000.0])])
+    one = torch.ones(1, 1)
+    for dtype, limit in ((torch.float32, 1e-6), (torch.float16, 6e-5)):
+        x = y.to(dtype)[:, None]
+        result = norm_linear(x.to(device), one.to(dtype).to(device), norm="none", activation=activation).cpu()
+        truth = ACTIVATIONS[activation](x.double())
+        rounding = (truth.to(dtype).double() - truth).abs()
+        assert ((result.double() - truth).abs() <= limit + 2 * rounding + 2e-7 * truth.abs()).all()
+
+
+def test_float32_follows_torch_matmul_precision(device: torch.device) -> None:
+    x, weight = nasty.tokens(20, 96).float(), nasty.weight(48, 96).float()
+    truth = F.linear(x.double(), weight.double())
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        result = norm_linear(x.to(device), weight.to(device), norm="none").cpu()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    # The interpreter has no tf32: there the other tile must still be right.
+    assert relative_l2(result, truth) <= (1e-3 if device.type == "cuda" else FLOAT32)
