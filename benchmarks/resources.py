@@ -37,6 +37,8 @@ from fastvit.kernels.attention import attention
 from fastvit.kernels.launch import ARCHS, Launch, record
 from fastvit.kernels.linear_residual import linear_residual
 from fastvit.kernels.norm_linear import norm_linear
+from fastvit.kernels.patch_embed import patch_embed
+from fastvit.kernels.pool import pool
 
 RESULTS = Path(__file__).with_name("results") / "resources.md"
 
@@ -92,6 +94,8 @@ def cases() -> Iterator[Case]:
     yield from _attention_cases()
     yield from _norm_linear_cases()
     yield from _linear_residual_cases()
+    yield from _patch_embed_cases()
+    yield from _pool_cases()
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -191,6 +195,62 @@ def _linear_residual_cases() -> Iterator[Case]:
     yield case("FC2, K=2730", 256, 2730, 1024, bf16, bf16)
     for tf32 in (False, True):
         yield case("FC2", 256, 3072, 768, f32, f32, tf32)
+
+
+def _patch_embed_cases() -> Iterator[Case]:
+    def case(
+        label: str, batch: int, patch: int, dtype: torch.dtype = torch.bfloat16, *, uint8: bool = False,
+        channels_last: bool = False, tf32: bool = False,
+    ) -> Case:  # fmt: skip
+        def call() -> None:
+            image = _meta(batch, 3, 224, 224, dtype=torch.uint8 if uint8 else dtype)
+            if channels_last:
+                image = image.to(memory_format=torch.channels_last)
+            numbers = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)} if uint8 else {}
+            with _matmul_precision("high" if tf32 else "highest"):
+                patch_embed(
+                    image,
+                    _meta(768, 3, patch, patch, dtype=dtype),
+                    _meta(768, dtype=dtype),
+                    pos_embed=_meta(1, (224 // patch) ** 2, 768, dtype=dtype),
+                    prefix=_meta(5, 768, dtype=dtype),
+                    **numbers,
+                )
+
+        return Case("patch_embed", f"{label}, P={patch}, B={batch}", dtype, call)
+
+    for patch in (16, 14):
+        for batch in (1, 256):
+            yield case("NCHW", batch, patch)
+            yield case("NHWC uint8", batch, patch, uint8=True, channels_last=True)
+    yield case("NCHW fp16", 256, 16, torch.float16)
+    for tf32 in (False, True):
+        yield case("NCHW", 256, 16, torch.float32, tf32=tf32)
+        yield case("NHWC uint8", 256, 16, torch.float32, uint8=True, channels_last=True, tf32=tf32)
+
+
+def _pool_cases() -> Iterator[Case]:
+    def case(mode: str, norm: str, dim: int, dtype: torch.dtype) -> Case:
+        def call() -> None:
+            vector = _meta(dim, dtype=dtype)
+            norm_bias = vector if norm == "layer" else None
+            pool(
+                _meta(64, 197, dim, dtype=dtype),
+                mode=mode,
+                norm=norm,
+                norm_weight=vector,
+                norm_bias=norm_bias,
+                weight=_meta(1000, dim, dtype=dtype),
+                bias=_meta(1000, dtype=dtype),
+            )
+
+        return Case("pool", f"{mode} {norm}, D={dim}", dtype, call)
+
+    for mode in ("token", "avg", "norm_avg"):
+        for dim in (192, 768, 1408):
+            yield case(mode, "layer", dim, torch.bfloat16)
+    yield case("norm_avg", "rms", 1408, torch.bfloat16)
+    yield case("norm_avg", "layer", 768, torch.float32)
 
 
 @contextlib.contextmanager
