@@ -1,0 +1,127 @@
+"""Calls of fastvit._C with tensors: views in, a fresh output (filled with NaN) out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvit import _C
+
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "swiglu")
+NORMS = ("none", "layer", "rms")
+MODES = ("token", "avg", "norm_avg")
+
+
+def view(t: Tensor | None) -> _C.View | None:
+    return None if t is None else _C.View(t.data_ptr(), CODES[t.dtype], tuple(t.shape), t.stride())
+
+
+def compute_code(dtype: torch.dtype) -> int:
+    return {torch.float32: 0, torch.bfloat16: 1}[dtype]
+
+
+def blank(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str = "none",
+    compute: torch.dtype = torch.float32,
+    out_dtype: torch.dtype | None = None,
+    threads: int = 2,
+) -> Tensor:
+    width = weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0]
+    out = blank(x.shape[0], width, dtype=out_dtype or compute)
+    vectors = map(view, (bias, norm_weight, norm_bias))
+    codes = (NORMS.index(norm), eps, ACTIVATIONS.index(activation), compute_code(compute), threads)
+    _C.norm_linear(view(out), view(x), view(weight), *vectors, *codes)
+    return out
+
+
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    layer_scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    *,
+    rows_per_sample: int = 1,
+    out: Tensor | None = None,
+    compute: torch.dtype = torch.float32,
+    threads: int = 2,
+) -> Tensor:
+    out = blank(*residual.shape, dtype=residual.dtype) if out is None else out
+    views = map(view, (out, x, weight, bias, residual, layer_scale, row_scale))
+    _C.linear_residual(*views, rows_per_sample, compute_code(compute), threads)
+    return out
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    compute: torch.dtype = torch.float32,
+    out_dtype: torch.dtype | None = None,
+    threads: int = 2,
+) -> Tensor:
+    out = blank(*q.shape, dtype=out_dtype or compute)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    _C.attention(view(out), view(q), view(k), view(v), view(bias), scale, compute_code(compute), threads)
+    return out
+
+
+def patch_embed(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pos_embed: Tensor | None = None,
+    prefix: Tensor | None = None,
+    channel_scale: Tensor | None = None,
+    channel_shift: Tensor | None = None,
+    compute: torch.dtype = torch.float32,
+    out_dtype: torch.dtype | None = None,
+    threads: int = 2,
+) -> Tensor:
+    patches = (image.shape[2] // weight.shape[2]) * (image.shape[3] // weight.shape[3])
+    rows = patches + (0 if prefix is None else prefix.shape[0])
+    out = blank(image.shape[0], rows, weight.shape[0], dtype=out_dtype or compute)
+    views = map(view, (out, image, weight, bias, pos_embed, prefix, channel_scale, channel_shift))
+    _C.patch_embed(*views, compute_code(compute), threads)
+    return out
+
+
+def pool(
+    x: Tensor,
+    *,
+    mode: str,
+    num_prefix_tokens: int = 1,
+    norm: str = "layer",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    compute: torch.dtype = torch.float32,
+    out_dtype: torch.dtype | None = None,
+    threads: int = 2,
+) -> Tensor:
+    width = x.shape[-1] if weight is None else weight.shape[0]
+    out = blank(x.shape[0], width, dtype=out_dtype or compute)
+    codes = (MODES.index(mode), num_prefix_tokens, NORMS.index(norm))
+    vectors = (view(norm_weight), view(norm_bias), eps, view(weight), view(bias))
+    _C.pool(view(out), view(x), *codes, *vectors, compute_code(compute), threads)
+    return out

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests import nasty
+from tests.csrc import call, plain
+from tests.tolerances import assert_close
+
+LAYOUTS = ("contiguous", "channels_last", "cropped", "flipped_axes")
+
+
+def image(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
+    b, c, h, w = shape
+    if dtype == torch.uint8:
+        make = lambda *s: torch.randint(0, 256, s, generator=nasty.generator(), dtype=torch.uint8)  # noqa: E731
+    else:
+        make = lambda *s: nasty.tokens(*s, massive=0).to(dtype)  # noqa: E731
+    if layout == "channels_last":
+        return make(*shape).contiguous(memory_format=torch.channels_last)
+    if layout == "cropped":
+        return make(b, c + 1, h + 3, w + 5)[:, 1:, 2 : h + 2, 4 : w + 4]
+    if layout == "flipped_axes":
+        return make(b, c, w, h).transpose(2, 3)
+    return make(*shape)
+
+
+def by_torch(x: Tensor, w: Tensor, b: Tensor | None, pos: Tensor | None, prefix: Tensor | None) -> Tensor:
+    y = F.conv2d(x, w, b, stride=w.shape[2:]).flatten(2).transpose(1, 2)
+    y = y if pos is None else y + pos
+    return y if prefix is None else torch.cat([prefix.expand(x.shape[0], -1, -1), y], dim=1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pixels", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("patch", [(16, 16), (14, 14), (8, 32), (4, 3)])
+def test_layouts(isa: str, dtype: torch.dtype, layout: str, pixels: torch.dtype, patch: tuple[int, int]) -> None:
+    size = (2 * patch[0], 3 * patch[1])
+    x = image((2, 3, *size), pixels, layout)
+    w, b, pos, prefix = plain.cast(
+        dtype, nasty.weight(72, 3, *patch), nasty.vector(72), nasty.tokens(6, 72), nasty.tokens(5, 72, seed=9)
+    )
+    scale, shift = nasty.vector(3, 7, mean=1.0).float() / 64, nasty.vector(3, 8).float()
+    actual = call.patch_embed(
+        x, w, b, pos_embed=pos, prefix=prefix, channel_scale=scale, channel_shift=shift, compute=dtype
+    )
+    seen = x.double() * scale.double()[:, None, None] + shift.double()[:, None, None]
+    truth = by_torch(seen, *plain.cast(torch.float64, w, b, pos, prefix))
+    assert_close(actual, truth, eager=by_torch(seen.to(dtype), w, b, pos, prefix))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 12])
+@pytest.mark.parametrize("width", [37, 64, 130])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_channels_and_widths(isa: str, dtype: torch.dtype, channels: int, width: int, threads: int) -> None:
+    x = image((1, channels, 35, 21), dtype, "contiguous")
+    w = nasty.weight(width, channels, 7, 7).to(dtype)
+    truth = by_torch(x.double(), w.double(), None, None, None)
+    actual = call.patch_embed(x, w, compute=dtype, threads=threads)
+    assert_close(actual, truth, eager=by_torch(x, w, None, None, None))
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_prefix_and_position_of_another_dtype(isa: str, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    x, w = image((3, 3, 16, 16), torch.float32, "contiguous"), nasty.weight(40, 3, 8, 8).float()
+    pos, prefix = nasty.tokens(4, 40).bfloat16(), nasty.tokens(1, 40, seed=9).bfloat16()
+    actual = call.patch_embed(x, w, pos_embed=pos, prefix=prefix, compute=dtype, out_dtype=out_dtype)
+    truth = by_torch(*plain.cast(torch.float64, x, w, None, pos, prefix))
+    eager = plain.as_eager(by_torch(*plain.cast(dtype, x, w, None, pos, prefix)), dtype, out_dtype)
+    assert_close(actual, truth, eager=eager)
+    assert torch.equal(actual[:, 0], prefix.to(out_dtype).expand(3, 40))
+
+
+def test_no_images(isa: str, dtype: torch.dtype) -> None:
+    x, w = torch.empty(0, 3, 16, 16, dtype=dtype), nasty.weight(8, 3, 8, 8).to(dtype)
+    assert call.patch_embed(x, w, prefix=torch.ones(1, 8), compute=dtype).shape == (0, 5, 8)
