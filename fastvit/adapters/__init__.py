@@ -1,0 +1,202 @@
+"""`optimize`, `restore`, `report` and `compare`: other libraries' Vision Transformers in fastvit's operators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastvit.adapters.compare import Comparison, difference, tensors
+from fastvit.adapters.registry import ADAPTERS, FAMILIES, Verdict, judge_block, judge_patch_conv
+from fastvit.adapters.report import Report, report
+from fastvit.adapters.swap import is_fused, swap_in, swap_out
+from fastvit.errors import UnsupportedModelError
+
+__all__ = ["ADAPTERS", "FAMILIES", "Comparison", "Report", "compare", "optimize", "report", "restore"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# On the model, so that a deep copy can be restored too.
+_UNDO = "_fastvit_undo"
+
+
+@dataclass
+class _Undo:
+    """What `optimize(dtype=...)` replaced: the tensors before, and the dtypes that they went through since."""
+
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    dtypes: list[torch.dtype] = field(default_factory=list)
+
+
+def optimize(
+    model: Model, *, dtype: torch.dtype | None = None, quantize: str | None = None, strict: bool = False
+) -> Model:
+    """Run the Vision Transformer blocks of `model` in fused operators, in place, with the same weights and outputs.
+
+    Parameters, buffers, state_dict keys, hooks, attributes and isinstance stay; `restore` undoes it exactly.  A call
+    that the fused path can't serve (a mask, `output_attentions=True`, a hook on a module inside a block, dropout in
+    training) runs the original forward.  Calling it again changes nothing, or converts to another `dtype`.
+
+    Args:
+        model: any nn.Module that holds blocks of a supported family (`report(model)` tells).
+        dtype: convert floating-point parameters and buffers, for instance to torch.bfloat16.
+        quantize: None.  Later versions take "int8" and "fp8".
+        strict: raise instead of leaving any transformer block as it was; the model is then unchanged.
+
+    Returns:
+        The same object.
+
+    Raises:
+        UnsupportedModelError: `strict`, and a block can't be replaced or there is none.
+        TypeError, ValueError: an argument is not accepted.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {type(model).__name__} is not accepted; give a torch.nn.Module")
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype: {dtype} is not accepted; accepted: {', '.join(map(str, _DTYPES))} or None")
+    if quantize is not None:
+        raise ValueError(f"quantize: {quantize!r} is not served by this version; accepted: None")
+
+    # Judge everything before anything is touched.
+    blocks: dict[str, tuple[nn.Module, Verdict]] = {}
+    convs: list[tuple[nn.Module, Verdict]] = []
+    for path, module in model.named_modules():
+        if is_fused(module):
+            continue
+        if verdict := judge_block(module):
+            blocks[path] = (module, verdict)
+        elif verdict := judge_patch_conv(module):
+            convs.append((module, verdict))
+    done = any(is_fused(m) for m in model.modules())
+    if strict:
+        _raise_if_left(blocks, done)
+
+    swaps = [(m, v) for m, v in blocks.values() if v.mixin is not None]
+    if swaps or done:
+        swaps += convs
+    swapped: list[nn.Module] = []
+    try:
+        for module, verdict in swaps:
+            assert verdict.mixin is not None
+            swap_in(module, verdict.mixin, verdict.library)
+            swapped.append(module)
+        if dtype is not None:
+            _convert(model, dtype)
+    except BaseException:
+        for module in swapped:
+            swap_out(module)
+        raise
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo `optimize` exactly: the old classes, and the old dtype with the old values bit for bit.
+
+    A value that was changed since, by training or load_state_dict, keeps the change.  Returns the same object; a model
+    that was never optimized stays as it is.
+
+    Raises:
+        TypeError: `model` is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {type(model).__name__} is not accepted; give a torch.nn.Module")
+    for module in model.modules():
+        swap_out(module)
+    undo: _Undo | None = model.__dict__.pop(_UNDO, None)
+    if undo is not None:
+        _convert_back(model, undo)
+    return model
+
+
+def compare(model: nn.Module, *inputs: Any, **kwargs: Any) -> Comparison:
+    """The optimized model against the original one, original dtype included, on the same inputs.
+
+    Both run without gradients, in the mode (train or eval) that the model is in and from the same random state.  The
+    model is left as it was.
+
+    Args:
+        model: an optimized model.
+        inputs, kwargs: what its forward takes.  Floating-point tensors are converted to each model's own dtype.
+
+    Returns:
+        Comparison: maximal absolute difference, relative L2 and cosine for each floating-point output tensor.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {type(model).__name__} is not accepted; give a torch.nn.Module")
+    swapped = [(m, m.fastvit_mixin, m.fastvit_library) for m in model.modules() if is_fused(m)]
+    undo: _Undo | None = model.__dict__.get(_UNDO)
+    optimized = _run(model, inputs, kwargs)
+    try:
+        restore(model)
+        original = _run(model, inputs, kwargs)
+    finally:
+        for module, mixin, library in swapped:
+            swap_in(module, mixin, library)  # type: ignore[arg-type]
+        for dtype in undo.dtypes if undo else ():
+            _convert(model, dtype)
+    truth = tensors(original)
+    return Comparison([difference(name, t, truth[name]) for name, t in tensors(optimized).items()])
+
+
+def _raise_if_left(blocks: dict[str, tuple[nn.Module, Verdict]], done: bool) -> None:
+    left = [(path, type(m).__name__, v.reason) for path, (m, v) in blocks.items() if v.mixin is None]
+    if left:
+        lines = "\n".join(f"  {path or '(model)'} ({cls}): {reason}" for path, cls, reason in left)
+        raise UnsupportedModelError(f"{len(left)} transformer blocks can't be replaced:\n{lines}")
+    if not blocks and not done:
+        raise UnsupportedModelError("no Vision Transformer block was found in the model")
+
+
+def _floating_tensors(model: nn.Module) -> dict[str, Tensor]:
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: t for name, t in named.items() if t.is_floating_point()}
+
+
+def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """model.to(dtype), remembering what the way back needs.  Parameters stay the same objects."""
+    before = {name: (t, t.data) for name, t in _floating_tensors(model).items()}
+    if all(t.dtype == dtype for t, _ in before.values()):
+        return
+    undo: _Undo = model.__dict__.get(_UNDO) or _Undo({name: data for name, (_, data) in before.items()})
+    try:
+        model.to(dtype)
+    except BaseException:
+        for t, data in before.values():
+            t.data = data
+        raise
+    undo.dtypes.append(dtype)
+    model.__dict__[_UNDO] = undo
+
+
+def _convert_back(model: nn.Module, undo: _Undo) -> None:
+    now = _floating_tensors(model)
+    for name, original in undo.originals.items():
+        if name not in now:
+            continue
+        current = now[name].data
+        converted = original = original.to(current.device)
+        for dtype in undo.dtypes:
+            converted = converted.to(dtype)
+        if original.shape == current.shape and converted.dtype == current.dtype:
+            unchanged = (converted == current) | (converted.isnan() & current.isnan())
+            now[name].data = (
+                original if unchanged.all() else torch.where(unchanged, original, current.to(original.dtype))
+            )
+        else:
+            now[name].data = current.to(original.dtype)
+
+
+@torch.no_grad()
+def _run(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+
+    def fit(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point() and parameter is not None:
+            return value.to(parameter.dtype)
+        return value
+
+    with torch.random.fork_rng():
+        return model(*map(fit, inputs), **{k: fit(v) for k, v in kwargs.items()})

@@ -1,0 +1,108 @@
+"""`report(model)`: a row per module, what runs it now or why it was left."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastvit.adapters.registry import judge_block, judge_patch_conv
+from fastvit.adapters.swap import Fused, is_fused, last_fallback
+from fastvit.ops._backend import extension, has_triton
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module.
+
+    path: dotted name in the model.  cls: class name.  status: "fused", "fallback" (fused, but its last call ran the
+    original forward), "left" or "ready" (optimize would fuse it).  detail: the operators, or the reason.
+    """
+
+    path: str
+    cls: str
+    status: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What runs now, module by module.  `str()` is a table."""
+
+    rows: list[Row] = field(default_factory=list)
+    backend: str = ""
+
+    @property
+    def replaced(self) -> list[Row]:
+        """Modules that fastvit runs (a row with status "fallback" ran its original forward last time)."""
+        return [r for r in self.rows if r.status in ("fused", "fallback")]
+
+    @property
+    def skipped(self) -> list[Row]:
+        """Modules that stay as they were, with the reason."""
+        return [r for r in self.rows if r.status in ("left", "ready")]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"backend": self.backend, "rows": [asdict(r) for r in self.rows]}
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no Vision Transformer block was found: nothing to replace"
+        lines = [("module", "class", "status", "what runs, or why it was left")]
+        lines += [(r.path or "(model)", r.cls, r.status, r.detail) for r in self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(3)]
+        table = [
+            "  ".join([*(c.ljust(w) for c, w in zip(line[:3], widths, strict=True)), line[3]]).rstrip()
+            for line in lines
+        ]
+        table.insert(1, "  ".join("-" * w for w in [*widths, len(lines[0][3])]))
+        fallbacks = sum(r.status == "fallback" for r in self.rows)
+        table.append(
+            f"{len(self.replaced)} replaced, {len(self.skipped)} left"
+            + (f", {fallbacks} of the replaced ran their original forward last time" if fallbacks else "")
+            + f"; backend: {self.backend}"
+        )
+        return "\n".join(table)
+
+
+def report(model: nn.Module) -> Report:
+    """What fastvit runs in `model`, and what it leaves and why; before `optimize`, what it would replace.
+
+    Raises:
+        TypeError: `model` is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {type(model).__name__} is not accepted; give a torch.nn.Module")
+    rows = []
+    for path, module in model.named_modules():
+        cls = type(module).__name__
+        if isinstance(module, Fused):
+            reason = last_fallback(module)
+            detail = f"original forward: {reason}" if reason else module.fastvit_sentence
+            rows.append(Row(path, cls, "fallback" if reason else "fused", detail))
+        elif verdict := judge_block(module):
+            ready = verdict.mixin is not None
+            detail = f"would run {verdict.mixin.fastvit_sentence}" if verdict.mixin else verdict.reason
+            rows.append(Row(path, cls, "ready" if ready else "left", detail))
+    if rows:
+        rows += [
+            Row(path, type(m).__name__, "ready", "would run patch_embed")
+            for path, m in model.named_modules()
+            if not is_fused(m) and judge_patch_conv(m)
+        ]
+    return Report(rows, _backend(model))
+
+
+def _backend(model: nn.Module) -> str:
+    """Which backend serves the device and dtype that the model's parameters have."""
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return "none (no parameters)"
+    device, dtype = parameter.device.type, parameter.dtype
+    if device == "cpu" and dtype in (torch.float32, torch.bfloat16) and (ext := extension()):
+        return f"C++ on CPU ({ext.isa()}), {dtype}"
+    if device == "cuda" and has_triton() and dtype != torch.float64:
+        return f"Triton on CUDA, {dtype}"
+    return f"plain torch on {device}, {dtype}"
