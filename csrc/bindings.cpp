@@ -1,7 +1,6 @@
 // fastvit._C: the Python face of csrc. Arguments are trusted: fastvit.ops has checked them.
 
 #include <dlfcn.h>
-#include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -99,7 +98,7 @@ double copy_bandwidth(int num_threads, double seconds) {
     const double begin = cpu::seconds_now();
 #pragma omp parallel num_threads(threads)
     {
-      const size_t offset = omp_get_thread_num() * share;
+      const size_t offset = FASTVIT_THREAD_INDEX * share;
       std::memcpy(to.get() + offset, from.get() + offset, share);
     }
     const double rate =
@@ -111,10 +110,15 @@ double copy_bandwidth(int num_threads, double seconds) {
 
 py::dict omp_info() {
   py::dict info;
+  info["max_threads"] = 1;
+  info["path"] = py::none();
+#ifdef _OPENMP
   info["max_threads"] = omp_get_max_threads();
   Dl_info library;
-  const bool known = dladdr(reinterpret_cast<void*>(&omp_get_max_threads), &library) != 0;
-  info["path"] = known ? py::cast(library.dli_fname) : py::none();
+  if (dladdr(reinterpret_cast<void*>(&omp_get_max_threads), &library) != 0) {
+    info["path"] = library.dli_fname;
+  }
+#endif
   return info;
 }
 

@@ -123,7 +123,7 @@ class Attention {
 
 #pragma omp parallel num_threads(threads)
     {
-      const Worker<P> worker = carve(base + omp_get_thread_num() * worker_bytes);
+      const Worker<P> worker = carve(base + FASTVIT_THREAD_INDEX * worker_bytes);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < batch_ * heads_ * blocks; ++task) {
         const int64_t head = task / blocks, begin = task % blocks * block_;

@@ -2,6 +2,8 @@
 //
 // Support takes two answers: CPUID says that the core decodes the instructions, XGETBV says that the
 // operating system saves the registers they use. FASTVIT_CPU_ISA lowers the choice.
+//
+// The build defines FASTVIT_HAVE_<ISA> for every set that it compiled.
 
 #include "dispatch.h"
 
@@ -29,9 +31,13 @@ namespace fastvit::cpu {
   }
 
 FASTVIT_BUILD(scalar)
-#if defined(__x86_64__)
+#ifdef FASTVIT_HAVE_AVX2
 FASTVIT_BUILD(avx2)
+#endif
+#ifdef FASTVIT_HAVE_AVX512
 FASTVIT_BUILD(avx512)
+#endif
+#ifdef FASTVIT_HAVE_AVX512_BF16
 FASTVIT_BUILD(avx512_bf16)
 #endif
 
@@ -45,12 +51,11 @@ struct Level {
   bool supported;
 };
 
-#if defined(__x86_64__)
-
 struct Machine {
   bool avx2 = false, avx512 = false, avx512_bf16 = false;
 
   Machine() {
+#if defined(__x86_64__)
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return;
     const bool osxsave = c >> 27 & 1, avx = c >> 28 & 1, fma = c >> 12 & 1;
@@ -69,22 +74,23 @@ struct Machine {
     if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
       avx512_bf16 = avx512 && (a >> 5 & 1);
     }
+#endif
   }
 };
-
-#endif
 
 class Table {
  public:
   Table() {
-#if defined(__x86_64__)
-    const Machine machine;
-    levels_ = {{"scalar", &scalar::kKernels, true},
-               {"avx2", &avx2::kKernels, machine.avx2},
-               {"avx512", &avx512::kKernels, machine.avx512},
-               {"avx512_bf16", &avx512_bf16::kKernels, machine.avx512_bf16}};
-#else
-    levels_ = {{"scalar", &scalar::kKernels, true}};
+    [[maybe_unused]] const Machine machine;
+    levels_.push_back({"scalar", &scalar::kKernels, true});
+#ifdef FASTVIT_HAVE_AVX2
+    levels_.push_back({"avx2", &avx2::kKernels, machine.avx2});
+#endif
+#ifdef FASTVIT_HAVE_AVX512
+    levels_.push_back({"avx512", &avx512::kKernels, machine.avx512});
+#endif
+#ifdef FASTVIT_HAVE_AVX512_BF16
+    levels_.push_back({"avx512_bf16", &avx512_bf16::kKernels, machine.avx512_bf16});
 #endif
     for (const Level& level : levels_) {
       if (level.supported) current_ = &level;

@@ -15,8 +15,6 @@
 
 #pragma once
 
-#include <omp.h>
-
 #include "pack.h"
 #include "runtime.h"
 #include "simd.h"
@@ -260,7 +258,7 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
 
 #pragma omp parallel num_threads(threads)
   {
-    char* worker = workers + omp_get_thread_num() * worker_bytes;
+    char* worker = workers + FASTVIT_THREAD_INDEX * worker_bytes;
     for (int64_t block = 0; block < m; block += block_rows) {
       const int64_t block_size = min(block_rows, m - block);
 #pragma omp for schedule(dynamic, kRows)

@@ -49,12 +49,14 @@ int64_t cache_size(int name, int64_t fallback) {
   return bytes > 0 ? bytes : fallback;
 }
 
+#ifdef _OPENMP
 std::atomic<bool> pool_started{false};
 std::atomic<bool> pool_lost{false};
 
 void after_fork_in_child() {
   if (pool_started.load(std::memory_order_relaxed)) pool_lost.store(true);
 }
+#endif
 
 }  // namespace
 
@@ -75,11 +77,16 @@ const CacheSizes& cache_sizes() {
 }
 
 int usable_threads(int requested) {
+#ifdef _OPENMP
   static const int registered = pthread_atfork(nullptr, nullptr, after_fork_in_child);
   (void)registered;
   if (requested <= 1 || pool_lost.load(std::memory_order_relaxed)) return 1;
   pool_started.store(true, std::memory_order_relaxed);
   return requested;
+#else
+  (void)requested;
+  return 1;
+#endif
 }
 
 double seconds_now() {

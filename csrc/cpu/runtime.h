@@ -6,6 +6,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 namespace fastvit::cpu {
 
 // A grow-only, 64-byte aligned buffer of the calling thread, freed when that thread ends. Every
@@ -20,7 +24,15 @@ const CacheSizes& cache_sizes();
 
 // The number of threads to start for a request. A child of fork() has lost the OpenMP pool of its
 // parent and would wait for it for ever, so it gets one thread if the parent had started a pool.
+// Built without OpenMP, there is one thread.
 int usable_threads(int requested);
+
+// The index of a thread inside a parallel region (a macro: see types.h on inline functions).
+#ifdef _OPENMP
+#define FASTVIT_THREAD_INDEX omp_get_thread_num()
+#else
+#define FASTVIT_THREAD_INDEX 0
+#endif
 
 double seconds_now();
 
