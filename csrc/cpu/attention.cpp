@@ -127,7 +127,9 @@ class Attention {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < batch_ * heads_ * blocks; ++task) {
         const int64_t head = task / blocks, begin = task % blocks * block_;
-        attend(worker, head / heads_, head % heads_, begin, min(begin + block_, queries_));
+        // Tasks are handed out in order, so this thread's next head is probably this one.
+        const int64_t next = min((task + threads) / blocks, batch_ * heads_ - 1);
+        attend(worker, head / heads_, head % heads_, begin, min(begin + block_, queries_), next);
       }
     }
   }
@@ -152,7 +154,19 @@ class Attention {
     return sample * view.stride[0] + token * view.stride[1] + head * view.stride[2];
   }
 
-  void attend(const Worker<P>& w, int64_t sample, int64_t head, int64_t begin, int64_t end) const {
+  // Tokens first .. last of a head that will be needed soon. The rows of one head lie far apart: each
+  // is a cache miss, which no hardware prefetcher foresees.
+  void prefetch(const View& view, int64_t head, int64_t first, int64_t last) const {
+    const int64_t size = view.dtype == DType::kF32 ? 4 : 2;
+    for (int64_t i = first; i < last; ++i) {
+      const char* row = static_cast<const char*>(view.data) +
+                        at(view, head / heads_, i, head % heads_) * size;
+      for (int64_t b = 0; b < head_dim_ * size; b += 64) __builtin_prefetch(row + b, 0, 2);
+    }
+  }
+
+  void attend(const Worker<P>& w, int64_t sample, int64_t head, int64_t begin, int64_t end,
+              int64_t next) const {
     const Rows q(args_.q, 0);
     for (int64_t i = begin; i < end; ++i) {
       Element* row = w.q + (i - begin) * ldq_;
@@ -171,6 +185,9 @@ class Attention {
       pack_values(w, sample, head, k0, keys);
       for (int64_t r = begin; r < end; r += kRows) {
         const int64_t rows = min(kRows, end - r);
+        prefetch(args_.q, next, r, min(r + kRows, queries_));
+        prefetch(args_.k, next, k0 + r - begin, min(k0 + r - begin + kRows, keys_));
+        prefetch(args_.v, next, k0 + r - begin, min(k0 + r - begin + kRows, keys_));
         score(w, r - begin, rows, keys);
         for (int64_t i = 0; i < rows; ++i) softmax(w, bias, r - begin + i, i, r + i, k0, keys);
         weigh(w, r - begin, rows, keys, k0 > 0);
