@@ -103,9 +103,13 @@ class FusedPatchConv(Fused):
         return tokens.transpose(1, 2).unflatten(2, grid)
 
 
+# Demands on the model, passed down to every layer, that change nothing inside a layer.
+_HARMLESS = {"output_hidden_states", "return_dict", "interpolate_pos_encoding"}
+
+
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | None, Any]:
     """(why not, None) or (None, hidden states): the fused path takes one tensor and no other demand."""
-    named = {k: v for k, v in kwargs.items() if v is not None and v is not False}
+    named = {k: v for k, v in kwargs.items() if v is not None and v is not False and k not in _HARMLESS}
     extra = [type(a).__name__ for a in args[1:] if a is not None and a is not False]
     if args:
         x = args[0]

@@ -69,7 +69,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, bi
     return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
-def attention_qkvpacked(qkv: Tensor, num_heads: int, *, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
+def attention_qkvpacked(
+    qkv: Tensor, num_heads: int, *, scale: float | None = None, bias: Tensor | None = None
+) -> Tensor:
     """`attention` of a packed (B, N, 3 * num_heads * head_dim) projection."""
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
     return attention(q, k, v, scale=scale, bias=bias)
