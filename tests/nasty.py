@@ -1,4 +1,4 @@
-"""The one place for test data, which is never nice: random norm weights, massive channels, odd sizes, strange strides."""
+"""The one place for test data, which is never nice: random norm weights, massive channels, odd sizes and strides."""
 
 from __future__ import annotations
 

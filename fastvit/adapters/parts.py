@@ -122,7 +122,7 @@ def _hook_obstacle(bypassed: tuple[nn.Module, ...]) -> str | None:
 
 
 def _is_idle_capture(hook: Any) -> bool:
-    """Is this transformers' own recording hook, which stays installed but records only when attentions are asked for?"""
+    """Is this transformers' recording hook, which stays installed but records only when attentions are asked for?"""
     if getattr(hook, "__name__", "") != "output_capturing_hook":
         return False
     if torch.compiler.is_compiling():

@@ -86,8 +86,8 @@ class FusedPatchConv(Fused):
             obstacle = f"input is {type(input).__name__}, not a plain tensor"
         elif input.ndim != 4 or input.shape[1] != conv.in_channels or not input.is_floating_point():
             obstacle = f"input has shape {tuple(input.shape)} and dtype {input.dtype}"
-        elif any(size % patch for size, patch in zip(input.shape[2:], conv.kernel_size, strict=True)):
-            obstacle = f"image {tuple(input.shape[2:])} is no multiple of the patch"
+        elif any(size < patch for size, patch in zip(input.shape[2:], conv.kernel_size, strict=True)):
+            obstacle = f"image {tuple(input.shape[2:])} is smaller than the patch"
         elif input.dtype != conv.weight.dtype and not torch.is_autocast_enabled(input.device.type):
             obstacle = f"input is {input.dtype}, but the weights are not"
         elif type(conv.weight) is not nn.Parameter and type(conv.weight) is not Tensor:
@@ -97,8 +97,10 @@ class FusedPatchConv(Fused):
         _note_fallback(conv, obstacle)
         if obstacle is not None:
             return super().forward(input)  # type: ignore[misc]
-        tokens = ops.patch_embed(input, conv.weight, conv.bias)
-        grid = (input.shape[2] // conv.kernel_size[0], input.shape[3] // conv.kernel_size[1])
+        p1, p2 = conv.kernel_size
+        grid = (input.shape[2] // p1, input.shape[3] // p2)
+        # Like the convolution, ignore what lies beyond the last whole patch.
+        tokens = ops.patch_embed(input[:, :, : grid[0] * p1, : grid[1] * p2], conv.weight, conv.bias)
         # The tokens' memory seen as (B, D, rows, columns): flattening it back costs nothing.
         return tokens.transpose(1, 2).unflatten(2, grid)
 
@@ -111,10 +113,7 @@ def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str |
     """(why not, None) or (None, hidden states): the fused path takes one tensor and no other demand."""
     named = {k: v for k, v in kwargs.items() if v is not None and v is not False and k not in _HARMLESS}
     extra = [type(a).__name__ for a in args[1:] if a is not None and a is not False]
-    if args:
-        x = args[0]
-    else:
-        x = named.pop("hidden_states", named.pop("x", named.pop("input", None)))
+    x = args[0] if args else named.pop("hidden_states", named.pop("x", named.pop("input", None)))
     if named or extra:
         return f"called with {', '.join([*named, *extra])}", None
     return (None, x) if x is not None else ("called without hidden states", None)
@@ -196,7 +195,7 @@ def _compare_once(block: nn.Module, library: Any) -> str | None:
         x = torch.randn(2, _PROBE_TOKENS, parts.qkv[0][0].shape[1])
         arguments: list[Any] = [x]
         # Later required parameters are masks.
-        for name, parameter in list(inspect.signature(type(twin).forward).parameters.items())[2:]:
+        for parameter in list(inspect.signature(type(twin).forward).parameters.values())[2:]:
             if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
                 arguments.append(None)
         try:

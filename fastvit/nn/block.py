@@ -13,10 +13,10 @@ from fastvit.nn.mlp import MLP, SwiGLU
 
 
 class Block(nn.Module):
-    """x = x + attention(norm(x)); x = x + mlp(norm(x)) (Dosovitskiy et al. 2020), each half with LayerScale and DropPath.
+    """x = x + attention(norm(x)); x = x + mlp(norm(x)), each half with LayerScale and DropPath.
 
-    Runs as norm_linear, attention, linear_residual, norm_linear, linear_residual.  Keys as timm's Block: `norm1`,
-    `attn.qkv`, `attn.proj`, `ls1.gamma`, `norm2`, `mlp.fc1`, `mlp.fc2`, `ls2.gamma`.
+    Dosovitskiy et al. 2020.  Runs as norm_linear, attention, linear_residual, norm_linear, linear_residual.  Keys as
+    timm's Block: `norm1`, `attn.qkv`, `attn.proj`, `ls1.gamma`, `norm2`, `mlp.fc1`, `mlp.fc2`, `ls2.gamma`.
 
     Args:
         dim: channels.

@@ -39,8 +39,8 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.img_size = _pair(img_size)
         self.patch_size = _pair(patch_size)
-        if any(size % patch for size, patch in zip(self.img_size, self.patch_size, strict=True)):
-            raise ValueError(f"img_size: {self.img_size} is no multiple of patch_size {self.patch_size}")
+        if any(size < patch for size, patch in zip(self.img_size, self.patch_size, strict=True)):
+            raise ValueError(f"img_size: {self.img_size} is smaller than patch_size {self.patch_size}")
         self.grid_size = (self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1])
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias)
@@ -48,7 +48,13 @@ class PatchEmbed(nn.Module):
         self.std = None if std is None else tuple(std)
 
     def forward(self, x: Tensor, pos_embed: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W), float or uint8 -> (B, R + N, D); pos_embed (N, D) and prefix (R, D) as in `ops.patch_embed`."""
+        """x (B, C, H, W), float or uint8 -> (B, R + N, D); pos_embed and prefix as in `ops.patch_embed`.
+
+        Pixels beyond the last whole patch are ignored, as a strided convolution does.
+        """
+        p1, p2 = self.patch_size
+        if x.ndim == 4 and (x.shape[2] % p1 or x.shape[3] % p2):
+            x = x[:, :, : x.shape[2] // p1 * p1, : x.shape[3] // p2 * p2]
         return ops.patch_embed(
             x, self.proj.weight, self.proj.bias, pos_embed=pos_embed, prefix=prefix, mean=self.mean, std=self.std
         )

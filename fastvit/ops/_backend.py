@@ -101,7 +101,8 @@ def view(t: Tensor | None) -> Any:
     """`t` as the extension sees it: pointer, dtype code, sizes, strides in elements.  None stays None."""
     if t is None:
         return None
-    assert (ext := extension()) is not None
+    ext = extension()
+    assert ext is not None
     return ext.View(t.data_ptr(), _DTYPE_CODES[t.dtype], tuple(t.shape), t.stride())
 
 

@@ -1,5 +1,15 @@
 """Ground truth: the operators and the Vision Transformer in plain PyTorch."""
 
 from fastvit.reference.ops import attention, attention_qkvpacked, linear_residual, norm_linear, patch_embed, pool
+from fastvit.reference.vit import VisionTransformer, interpolate_pos_embed
 
-__all__ = ["attention", "attention_qkvpacked", "linear_residual", "norm_linear", "patch_embed", "pool"]
+__all__ = [
+    "VisionTransformer",
+    "attention",
+    "attention_qkvpacked",
+    "interpolate_pos_embed",
+    "linear_residual",
+    "norm_linear",
+    "patch_embed",
+    "pool",
+]

@@ -1,0 +1,34 @@
+"""Shared set-up of the tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from fastvit._compat import import_torchvision
+
+try:
+    # timm imports torchvision, whose wheels lack operators for a CPU-only torch.
+    import_torchvision()
+except ImportError:
+    pass
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the slow tests too (CI=true does)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow") or os.environ.get("CI") == "true":
+        return
+    skip = pytest.mark.skip(reason="slow: run with --slow")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
