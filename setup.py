@@ -213,6 +213,7 @@ class Plan:
 
         self.nvcc, why_no_cuda = find_nvcc()
         self.archs: list[str] = []
+        self.cuda_flags: list[str] = []  # of the few C++ sources that know of CUDA
         if self.nvcc is None:
             say(f"csrc/cuda is left out: {why_no_cuda} (Triton serves NVIDIA GPUs)")
         else:
@@ -223,7 +224,7 @@ class Plan:
             library = next((path for folder in folders if (path := folder / "libcudart_static.a").is_file()), None)
             if library is None:
                 raise BuildError(f"libcudart_static.a was not found under {home}; FASTVIT_CUDA=off builds without CUDA")
-            self.flags += ["-DFASTVIT_WITH_CUDA=1", "-isystem", str(home / "include")]
+            self.cuda_flags = ["-DFASTVIT_WITH_CUDA=1", "-isystem", str(home / "include")]
             self.link += [str(library), "-lrt", "-lpthread"]
             # PTX of the last one lets newer GPUs compile it when it is first loaded.
             gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
@@ -254,28 +255,27 @@ class Plan:
         ]
         if self.nvcc is not None:
             command = quote([self.nvcc, *self.nvcc_flags, f"-I{CSRC}"])
-            rules.append(f"rule nvcc\n  command = {command} -MMD -MF $out.d -c $in -o $out")
+            rules.append(f"rule nvcc\n  command = {command} $extra -MMD -MF $out.d -c $in -o $out")
             rules.append("  depfile = $out.d\n  deps = gcc\n  description = nvcc $in")
 
         objects: list[str] = []
 
-        def compile_edge(rule: str, source: Path, isa: str = "") -> None:
-            name = ".".join([*source.relative_to(CSRC).parts, *([isa] if isa else []), "o"])
-            objects.append(escape(folder / name))
-            rules.append(f"build {objects[-1]}: {rule} {escape(source)}")
-            if isa:
-                rules.append(f"  extra = {quote([f'-DFASTVIT_ISA={isa}', *ISA_FLAGS[isa]])}")
+        def compile_edge(rule: str, source: Path, suffix: str = "", extra: list[str] | None = None) -> None:
+            objects.append(escape(folder / ".".join([*source.relative_to(CSRC).parts, f"{suffix}o"])))
+            rules.append(f"build {objects[-1]}: {rule} {escape(source)}\n  extra = {quote(extra or [])}")
 
         for source in sorted(CSRC.glob("cpu/*.cpp")):
-            per_isa = source.read_text(encoding="utf-8").startswith(PER_ISA_MARK)
-            for isa in self.isas if per_isa else [""]:
-                compile_edge("cxx", source, isa)
+            if source.read_text(encoding="utf-8").startswith(PER_ISA_MARK):
+                for isa in self.isas:
+                    compile_edge("cxx", source, f"{isa}.", [f"-DFASTVIT_ISA={isa}", *ISA_FLAGS[isa]])
+            else:
+                compile_edge("cxx", source)
         if self.nvcc is not None:
             for source in sorted(CSRC.glob("cuda/*.cu")):
                 compile_edge("nvcc", source)
             for source in sorted(CSRC.glob("cuda/*.cpp")):
-                compile_edge("cxx", source)
-        compile_edge("cxx", CSRC / "bindings.cpp")
+                compile_edge("cxx", source, extra=self.cuda_flags)
+        compile_edge("cxx", CSRC / "bindings.cpp", extra=self.cuda_flags)
         rules.append(f"build {escape(target)}: link {' '.join(objects)}\ndefault {escape(target)}\n")
         return "\n".join(rules)
 
