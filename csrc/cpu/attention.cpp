@@ -247,23 +247,34 @@ class Attention {
     const int64_t padded = round_up(keys, kLanes);
     for (int64_t j = keys; j < padded; ++j) s[j] = s[0];  // leaves the maximum alone
 
-    f32v best = set1(-kInfinity);
-    for (int64_t j = 0; j < padded; j += kLanes) best = at_least(load(s + j) * set1(scale), best);
-    float highest = reduce_max(best);
+    f32v best[2] = {set1(-kInfinity), set1(-kInfinity)};
+    for (int64_t j = 0; j < padded; j += kLanes) {
+      f32v& chain = best[j / kLanes % 2];
+      chain = at_least(load(s + j) * set1(scale), chain);
+    }
+    float highest = reduce_max(at_least(best[0], best[1]));
     const bool later = k0 > 0;
     if (later && w.row_max[row] > highest) highest = w.row_max[row];
     const f32v shift = set1(highest == -kInfinity ? 0.0f : -highest);
 
+    Element* p;
+    if constexpr (P::kPair == 1) {
+      p = s;
+    } else {
+      p = w.p + i * ldp_;
+    }
     f32v sum = zero();
-    for (int64_t j = 0; j < padded; j += kLanes) {
-      f32v p = exp2(fmadd(load(s + j), set1(scale), shift));
-      if (j + kLanes > keys) p = keep_first(p, keys - j);
-      sum += p;
-      if constexpr (P::kPair == 1) {
-        store(s + j, p);
-      } else {
-        store(w.p + i * ldp_ + j, p);
-      }
+    const int64_t whole = keys / kLanes * kLanes;
+    for (int64_t j = 0; j < whole; j += kLanes) {
+      const f32v v = exp2(fmadd(load(s + j), set1(scale), shift));
+      sum += v;
+      store(p + j, v);
+    }
+    if (whole < keys) {
+      const f32v v = exp2(fmadd(load(s + whole), set1(scale), shift));
+      const f32v valid = keep_first(v, keys - whole);
+      sum += valid;
+      store(p + whole, valid);
     }
     float total = reduce_add(sum);
     if (later) {

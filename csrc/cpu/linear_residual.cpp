@@ -18,11 +18,9 @@ struct AddResidual {
   const float* row_scale;  // per sample, or null
   int64_t rows_per_sample;
 
-  void prefetch(int64_t row, int64_t rows, int64_t col) const {
-    for (int64_t i = 0; i < rows; ++i) {
-      residual.prefetch<false>((row + i) * residual.ld + col);
-      out.prefetch<true>((row + i) * out.ld + col);
-    }
+  void prefetch(int64_t row, int64_t col, TileRows (&tiles)[2]) const {
+    tiles[0] = residual.tile(row * residual.ld + col, kPanel);
+    tiles[1] = out.tile(row * out.ld + col, kPanel);
   }
 
   void operator()(const float* tile, int64_t row, int64_t rows, int64_t col, int64_t cols) const {

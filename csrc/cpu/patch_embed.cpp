@@ -73,8 +73,8 @@ struct AddPosition {
     return row / count * sample_stride + (prefix + row % count) * out.ld;
   }
 
-  void prefetch(int64_t row, int64_t rows, int64_t col) const {
-    for (int64_t i = 0; i < rows; ++i) out.prefetch<true>(offset(row + i) + col);
+  void prefetch(int64_t row, int64_t col, TileRows (&tiles)[2]) const {
+    tiles[0] = out.tile(offset(row) + col, kPanel);
   }
 
   void operator()(const float* tile, int64_t row, int64_t rows, int64_t col, int64_t cols) const {

@@ -56,8 +56,8 @@ struct AddBias {
   Rows out;
   const float* bias;
 
-  void prefetch(int64_t row, int64_t rows, int64_t col) const {
-    for (int64_t i = 0; i < rows; ++i) out.prefetch<true>((row + i) * out.ld + col);
+  void prefetch(int64_t row, int64_t col, TileRows (&tiles)[2]) const {
+    tiles[0] = out.tile(row * out.ld + col, kPanel);
   }
 
   void operator()(const float* tile, int64_t row, int64_t rows, int64_t col, int64_t cols) const {

@@ -16,6 +16,7 @@
 #pragma once
 
 #include "pack.h"
+#include "rows.h"
 #include "runtime.h"
 #include "simd.h"
 
@@ -23,17 +24,30 @@ namespace fastvit::cpu::FASTVIT_ISA {
 
 // ---- Micro-kernel -------------------------------------------------------------------------------
 
-// What the micro-kernel fetches into L2 in passing: the rows of A that come next, and the weights
-// that will be packed next (at step s, byte s * step of `count` rows).
+// What the micro-kernel fetches into L2 in passing, a little every kUnroll steps: the rows of A that
+// come next, the weights that will be packed next (at step s, byte s * step of `count` rows), and the
+// rows that the epilogue of this tile will read or write. Asked for all at once, they would stall.
 struct Prefetch {
+  static constexpr int kUnroll = 8;
+
   const char* a = nullptr;
   const char* weights = nullptr;
   int64_t ld = 0, step = 0;  // bytes
   int64_t count = 0;
+  TileRows tiles[2] = {};
 
+  template <int MR>
   FASTVIT_INLINE_METHOD void at(int64_t s) const {
-    for (int64_t i = 0; i < kRows / 2; ++i) __builtin_prefetch(a + s * kRows * 4 + i * 64, 0, 2);
+    if (a) {
+      for (int64_t i = 0; i < kRows / 2; ++i) __builtin_prefetch(a + s * kRows * 4 + i * 64, 0, 2);
+    }
     for (int64_t i = 0; i < count; ++i) __builtin_prefetch(weights + i * ld + s * step, 0, 2);
+    if (s < MR * kUnroll) {
+      for (const TileRows& tile : tiles) {
+        const char* row = tile.rows + s / kUnroll * tile.ld;
+        for (int64_t b = 0; b < tile.bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+      }
+    }
   }
 };
 
@@ -61,10 +75,10 @@ static void micro_kernel(int64_t steps, const typename P::Element* a, int64_t ld
     a += P::kPair;
     b += NV * kLanes * P::kPair;
   };
-  constexpr int kUnroll = 8;
+  constexpr int kUnroll = Prefetch::kUnroll;
   int64_t s = 0;
   for (; s + kUnroll <= steps; s += kUnroll) {
-    prefetch.at(s);
+    prefetch.at<MR>(s);
 #pragma GCC unroll 8
     for (int i = 0; i < kUnroll; ++i) step();
   }
@@ -165,7 +179,7 @@ struct Weight {
     int64_t first = part * share, end = cols;
     if (gated && first >= cols) first += n - cols, end = n + cols;
     const char* at = static_cast<const char*>(data) + ((col + first) * ld + k0) * size;
-    return {nullptr, at, ld * size, P::kPair * size, max(min(share, end - first), 0)};
+    return {nullptr, at, ld * size, P::kPair * size, max(min(share, end - first), 0), {}};
   }
 };
 
@@ -187,7 +201,7 @@ static int64_t pack_panel(const Weight& w, int64_t col, int64_t cols, int64_t k0
 
 // source(row, out): writes the k elements of a row of A.
 // epilogue(tile, row, rows, col, cols): takes rows x cols results; a tile's rows are kPanel apart.
-// epilogue.prefetch(row, rows, col): fetches what it will read and write for a tile.
+// epilogue.prefetch(row, col, tiles): names what it will read and write for a tile.
 template <class P, class Source, class Epilogue>
 static void product(int64_t m, const Weight& w, int requested_threads, const Source& source,
                     const Epilogue& epilogue) {
@@ -244,10 +258,10 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t r = begin + g * kRows, mr = min(kRows, end - r);
         float* tile = k_chunks > 1 ? partial + g * kRows * kPanel : partial;
-        epilogue.prefetch(block + r, mr, col);
         Prefetch prefetch = next < w.k ? w.prefetch<P>(col, next, g, groups)
                                        : w.prefetch<P>(next_column(task), 0, g, groups);
         prefetch.a = reinterpret_cast<const char*>(rows + (r + kRows) * lda + k0);
+        if (next >= w.k) epilogue.prefetch(block + r, col, prefetch.tiles);
         MicroKernels<P>::get(mr, vectors)(ceil_div(k, P::kPair), rows + r * lda + k0, lda, panel,
                                           tile, kPanel, k0 > 0, prefetch);
         if (next >= w.k) epilogue(tile, block + r, mr, col, cols);

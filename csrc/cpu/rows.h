@@ -7,6 +7,12 @@
 
 namespace fastvit::cpu::FASTVIT_ISA {
 
+// The memory behind the rows of one tile, for prefetching.
+struct TileRows {
+  const char* rows = nullptr;
+  int64_t ld = 0, bytes = 0;
+};
+
 // Rows of f32 or bf16, addressed in elements. The dtype is a predictable branch per vector.
 struct Rows {
   void* data;
@@ -24,12 +30,9 @@ struct Rows {
     return n >= kLanes ? load(p) : load(p, n);
   }
 
-  // The cache lines of one panel's columns. A line that will be written is fetched for writing.
-  template <bool kWrite>
-  FASTVIT_INLINE_METHOD void prefetch(int64_t offset) const {
+  TileRows tile(int64_t offset, int64_t columns) const {
     const int64_t size = dtype == DType::kF32 ? 4 : 2;
-    const char* p = static_cast<const char*>(data) + offset * size;
-    for (int64_t i = 0; i < kPanel * size; i += 64) __builtin_prefetch(p + i, kWrite, 2);
+    return {static_cast<const char*>(data) + offset * size, ld * size, columns * size};
   }
 
   FASTVIT_INLINE_METHOD void store_at(int64_t offset, f32v v, int64_t n) const {
