@@ -6,13 +6,16 @@ Cost per head in 16 bits: 4 Nq Nk D flops, Nq Nk exponentials, (2 Nq + 2 Nk) 2 D
 D = 64): 9.9 MFLOP and 101 KB, 98 flops a byte, so memory bounds it on every GPU that does more than that per byte
 (H100: 270); from N = 577 on (290 flops a byte) the products and the exponentials do.
 
-Two kernels.  `_short` (Nk <= 272): one program holds a head's keys and values, takes the softmax of whole rows and walks
-over the queries, so that k and v are read once and nothing is rescaled.  `_long`: one program per block of queries,
-online softmax (Milakov and Gimelshein 2018; Dao et al. 2022), main loop unmasked, then a tail of at most two blocks.
+Two kernels.  `_short` (Nk <= 272): one program holds a head's keys and values, takes the softmax of whole rows and
+walks over the queries, so that k and v are read once and nothing is rescaled.  `_long`: one program per block of
+queries, online softmax (Milakov and Gimelshein 2018; Dao et al. 2022), main loop unmasked, then a tail of at most two
+blocks.
 
 Tiles need powers of two and head dims are not: D is split (72 = 64 + 16 with 8 columns masked), which wastes at most
 a quarter in registers and nothing in memory.  Nk likewise: 197 runs as 128 + 64 + 16.
 """
+
+# ruff: noqa: RUF005, SIM108 - Triton's tuples only grow by +, and its constant `if` is no expression
 
 from __future__ import annotations
 
@@ -22,9 +25,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastvit.kernels.launch import arch, launch, multiprocessors, precision
+from torch import Tensor
 
 
 class _Tile(NamedTuple):
@@ -48,7 +50,7 @@ _CHUNKS = (
     (272, (128, 128, 16)),
 )
 
-# (16-bit or float32, padded head dim up to) -> tile of the streaming kernel.
+# (kind of product, padded head dim up to) -> tile of the streaming kernel.
 _LONG = {
     "sm80": {
         ("16", 64): _Tile(64, 64, 4, 2),
@@ -71,8 +73,14 @@ _LONG = {
         ("16", 256): _Tile(64, 32, 4, 2),
     },
 }
-for _tiles in _LONG.values():
-    _tiles |= {("32", 64): _Tile(32, 32, 4, 1), ("32", 128): _Tile(32, 32, 4, 1), ("32", 256): _Tile(16, 32, 4, 1)}
+for _name, _tiles in _LONG.items():
+    _tiles |= {
+        ("tf32", 64): _Tile(32, 32, 4, 1),
+        ("tf32", 128): _Tile(32 if _name == "sm80" else 64, 32, 8, 1),
+        ("ieee", 64): _Tile(32, 32, 4, 1),
+        ("ieee", 128): _Tile(32, 32, 4, 1),
+        ("ieee", 256): _Tile(16, 32, 4, 1),
+    }
 
 # Padded head dim up to -> longest Nk that `_short` serves in 16 bits, without and with bias.  Beyond it, registers (on
 # sm100 tensor memory) run out; on sm80 and gfx942, where products read registers, at once.
@@ -109,7 +117,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, bi
         "ALIGN": math.gcd(16, head_dim, *strides),
         # The row maximum may be scaled after it is found only if scaling keeps the order.
         "SCALE_FIRST": bias is not None or scale <= 0,
-        "PRECISION": precision(q.dtype),
+        # tf32 keeps the operands in registers, and heads wider than this don't fit.
+        "PRECISION": precision(q.dtype) if head_dim <= 128 else "ieee",
     }
     block_m = 16 if nq <= 16 else 64
     limits = next((limits for widest, limits in _SHORT[name].items() if width <= widest), (0, 0))
@@ -129,11 +138,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, bi
             num_stages=1,
         )
         return out
-    kind = "32" if q.dtype == torch.float32 else "16"
+    kind = "16" if q.dtype != torch.float32 else constants["PRECISION"]
     tile = _LONG[name][kind, min(256, max(64, triton.next_power_of_2(width)))]
     block_m = min(tile.block_m, block_m)
     # A tile of bias takes the registers of a tile of logits; in float32 what a product holds counts for more.
-    block_n = tile.block_n if bias is None or kind == "32" else tile.block_n // 2
+    block_n = tile.block_n if bias is None or kind != "16" else tile.block_n // 2
     tail, last = _tail(nk % block_n)
     launch(
         _long,

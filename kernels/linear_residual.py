@@ -15,11 +15,10 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastvit.kernels.launch import compute_dtype, launch, precision, rows
 from fastvit.kernels.norm_linear import tile_for
 from fastvit.kernels.product import tile_index, tile_product
+from torch import Tensor
 
 _GROUP_M = 8
 

@@ -19,11 +19,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastvit.kernels.activations import activate
 from fastvit.kernels.launch import arch, compute_dtype, launch, precision, rows
 from fastvit.kernels.product import tile_index, tile_product
+from torch import Tensor
 
 
 class Tile(NamedTuple):
@@ -67,7 +66,7 @@ _GROUP_M = 8
 
 
 def tile_for(device: torch.device, dtype: torch.dtype, m: int) -> Tile:
-    """The tile of a product of `m` rows in `dtype`; linear_residual, whose main loop is this one, uses the table too."""
+    """The tile of a product of `m` rows in `dtype`; linear_residual has the same main loop and the same table."""
     kind = precision(dtype) if dtype == torch.float32 else "16"
     return next(tile for (of, most), tile in _TILES[arch(device)].items() if of == kind and (most is None or m <= most))
 

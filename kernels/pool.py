@@ -5,8 +5,8 @@ Shapes: x (B, N, D), head weight (C, D), out (B, C), or (B, D) without a head.
 Cost in 16 bits: "token" reads one row a sample, the means all of x once: 2 B N D bytes, about 4 B N D flops, bound by
 memory (ViT-B/16, batch 256: 77 MB); the head is 2 B D C flops (0.4 GFLOP) and the 1.5 MB of its weight.
 
-Two launches: `_pool` makes the pooled and normalised vector, one program for each sample, and norm_linear's product the
-logits.  The vector stays float32 between them.  "norm_avg" applies the norm's weight and bias once, after the mean: they
+Two launches: `_pool` makes the pooled and normalised vector, one program for each sample, and norm_linear's product
+the logits.  The vector stays float32 between them.  "norm_avg" applies the norm's weight and bias once, after the mean: they
 are the same for every token.
 """
 
@@ -15,10 +15,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastvit.kernels.launch import compute_dtype, launch
 from fastvit.kernels.norm_linear import norm_linear, row_moments
+from torch import Tensor
 
 # Elements of x that a program holds at a time, whatever the architecture: reading x is all that it does.
 _BLOCK = 8192

@@ -1,5 +1,7 @@
 """The main loop that norm_linear and linear_residual share: one tile of norm(x) @ weight.T, accumulated in float32."""
 
+# ruff: noqa: SIM108 - a constant `if` of Triton's is no expression
+
 from __future__ import annotations
 
 import triton
@@ -8,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def tile_index(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """(row, column) of a tile.  GROUP_M rows of tiles are finished before the next, so that they share weights in L2."""
+    """(row, column) of a tile.  GROUP_M rows of tiles come before the next, so that they share weights in L2."""
     rows = tl.cdiv(M, BLOCK_M)
     columns = tl.cdiv(N, BLOCK_N)
     group = tile // (GROUP_M * columns)

@@ -1,4 +1,4 @@
-"""Run the Triton kernels on CUDA where there is a GPU, and elsewhere in Triton's interpreter, mended where it is wrong."""
+"""Run the Triton kernels on CUDA where there is a GPU, elsewhere in Triton's interpreter, mended where it is wrong."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fastvit.kernels.attention import attention
 from torch import Tensor
 
-from fastvit.kernels.attention import attention
 from tests import nasty
 from tests.tolerances import assert_close
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from fastvit.kernels.linear_residual import linear_residual
 from torch import Tensor
 
-from fastvit.kernels.linear_residual import linear_residual
 from tests import nasty
 from tests.tolerances import assert_close
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from fastvit.kernels.norm_linear import norm_linear
 from torch import Tensor
 
-from fastvit.kernels.norm_linear import norm_linear
 from tests import nasty
 from tests.tolerances import FLOAT32, assert_close, relative_l2
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from fastvit.kernels.patch_embed import patch_embed
 from torch import Tensor
 
-from fastvit.kernels.patch_embed import patch_embed
 from tests import nasty
 from tests.tolerances import assert_close
 
@@ -54,7 +54,9 @@ def check(
 ) -> None:
     shape = (batch, channels, grid[0] * patch[0], grid[1] * patch[1])
     g = nasty.generator()
-    image = torch.randint(256, shape, generator=g, dtype=torch.uint8) if uint8 else torch.rand(shape, generator=g).to(dtype)
+    image = (
+        torch.randint(256, shape, generator=g, dtype=torch.uint8) if uint8 else torch.rand(shape, generator=g).to(dtype)
+    )
     if channels_last:
         image = image.to(memory_format=torch.channels_last)
     weight = nasty.weight(dim, channels, *patch).to(dtype)

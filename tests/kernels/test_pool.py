@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from fastvit.kernels.pool import pool
 from torch import Tensor
 
-from fastvit.kernels.pool import pool
 from tests import nasty
 from tests.tolerances import assert_close
 

@@ -1,0 +1,61 @@
+"""Every shipped configuration, compiled ahead of time for GPUs that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# As benchmarks.resources.SHARED_LIMIT, which can't be imported where the interpreter is on.
+SHARED_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gfx942": 64 * 1024}
+PRODUCT = {"sm80": "mma", "sm90": "wgmma", "sm100": "tcgen05", "gfx942": "mfma"}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict:
+    """One run of `python -m benchmarks.resources` outside the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.resources", "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def describe(rows: list[dict]) -> str:
+    return "\n".join(f"{r['arch']} {r['operator']} ({r['label']}, {r['dtype']}) {r['config']}: {r}" for r in rows)
+
+
+def test_everything_compiles(compiled: dict) -> None:
+    assert not compiled["failures"], "\n".join(compiled["failures"])
+    kernels = {(r["arch"], r["operator"]) for r in compiled["resources"]}
+    operators = ("attention", "norm_linear", "linear_residual", "patch_embed", "pool")
+    assert kernels == {(arch, operator) for arch in PRODUCT for operator in operators}
+
+
+def test_nothing_spills(compiled: dict) -> None:
+    spilled = [r for r in compiled["resources"] if r["spilled"]]
+    assert not spilled, describe(spilled)
+
+
+def test_shared_memory_fits(compiled: dict) -> None:
+    large = [r for r in compiled["resources"] if r["shared"] > SHARED_LIMIT[r["arch"]]]
+    assert not large, describe(large)
+
+
+def test_products_use_the_tensor_cores_meant(compiled: dict) -> None:
+    """A tile of fewer than 64 rows is below what wgmma and tcgen05 take, and runs as mma."""
+    products = [r for r in compiled["resources"] if r["kernel"] in ("_product", "_short", "_long")]
+    low = [r for r in products if r["dtype"] in ("bf16", "fp16")]
+    wrong = [
+        r
+        for r in low
+        if not r["mma" if r["arch"] != "gfx942" and "BLOCK_M=16 " in r["config"] + " " else PRODUCT[r["arch"]]]
+    ]
+    assert len(low) > 0
+    assert not wrong, describe(wrong)
