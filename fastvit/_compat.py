@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from types import ModuleType
 
 import torch
@@ -11,6 +12,7 @@ import torch
 # Kept alive: a Library takes its operators with it.
 _libraries: list[torch.library.Library] = []
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+_PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 class MissingLibraryError(ImportError):
@@ -18,23 +20,27 @@ class MissingLibraryError(ImportError):
 
 
 def import_library(name: str) -> ModuleType:
-    """Import an optional library of the bench extra.
+    """Import a module of an optional library, such as "timm" or "rich.table".
 
     Raises:
-        MissingLibraryError: it is not installed.
+        MissingLibraryError: the library is not installed.
     """
-    if importlib.util.find_spec(name) is None:
-        raise MissingLibraryError(f'{name} is not installed; get it with: pip install "fastvit[bench]" (or {name} alone)')
-    if name in ("timm", "torchvision"):
+    library = name.split(".", 1)[0]
+    if importlib.util.find_spec(library) is None:
+        package = _PACKAGES.get(library, library)
+        raise MissingLibraryError(f'{package} is not installed; get it with: pip install "fastvit[bench]" {package}')
+    if library in ("timm", "torchvision", "transformers"):
         _declare_torchvision_operators()
     return importlib.import_module(name)
 
 
 def import_timm() -> ModuleType:
+    """timm, also beside a torchvision that was built for another torch."""
     return import_library("timm")
 
 
 def import_torchvision() -> ModuleType:
+    """torchvision, also one that was built for another torch."""
     return import_library("torchvision")
 
 
@@ -43,7 +49,7 @@ def _declare_torchvision_operators() -> None:
 
     The models need none of these operators, so their names are enough.
     """
-    if importlib.util.find_spec("torchvision") is None or "torchvision" in _loaded():
+    if importlib.util.find_spec("torchvision") is None or "torchvision" in sys.modules:
         return
     try:
         importlib.import_module("torchvision")
@@ -54,9 +60,3 @@ def _declare_torchvision_operators() -> None:
         library.define(f"nms{_SCHEMA}")
         library.define(f"qnms{_SCHEMA}")
         _libraries.append(library)
-
-
-def _loaded() -> list[str]:
-    import sys
-
-    return list(sys.modules)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from fastvit.bench.models import randomize
+
+__all__ = ["HEAD_DIMS", "MLP_WIDTHS", "TOKEN_COUNTS", "generator", "randomize", "strided", "tokens", "vector", "weight"]
 
 TOKEN_COUNTS = (1, 5, 50, 197, 198, 201, 257, 577)
 HEAD_DIMS = (32, 40, 64, 72, 76, 80, 88, 96, 104, 112, 128)
@@ -45,20 +49,3 @@ def strided(t: Tensor, kind: str) -> Tensor:
     if kind == "transposed":
         return t.transpose(-1, -2).contiguous().transpose(-1, -2)
     raise ValueError(kind)
-
-
-@torch.no_grad()
-def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Replace a fresh model's nice start values: norms, biases, LayerScale, tokens and positions become random."""
-    g = generator(seed)
-    for name, p in model.named_parameters():
-        noise = torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype)
-        leaf = name.rsplit(".", 1)[-1]
-        if p.ndim >= 2 and leaf == "weight":
-            p.copy_(noise * p[0].numel() ** -0.5)
-        elif leaf == "weight":
-            p.copy_(1.0 + 0.3 * noise)
-        else:
-            # Biases, gammas ("gamma", "lambda1"), class tokens, position embeddings.
-            p.copy_(0.3 * noise)
-    return model

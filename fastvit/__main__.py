@@ -1,0 +1,7 @@
+"""python -m fastvit"""
+
+import sys
+
+from fastvit.cli import main
+
+sys.exit(main())

@@ -1,0 +1,132 @@
+"""Models to measure and to check: built without downloads, counted, and given weights that hide nothing."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastvit._compat import import_library
+
+
+class UsageError(Exception):
+    """The user asked for something that does not exist; the message says what does."""
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Replace a fresh model's nice start values: norms, biases, LayerScale, tokens and positions become random."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        leaf = name.rsplit(".", 1)[-1]
+        if p.ndim >= 2 and leaf == "weight":
+            p.copy_(noise * p[0].numel() ** -0.5)
+        elif leaf == "weight":
+            p.copy_(1.0 + 0.3 * noise)
+        else:
+            # Biases, gammas ("gamma", "lambda1"), class tokens, position embeddings.
+            p.copy_(0.3 * noise)
+    return model
+
+
+def count_flops(model: nn.Module, image: Tensor) -> int:
+    """Floating-point operations of one forward: 2 per multiply-add of every product, attention included."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(image)
+    return counter.get_total_flops()
+
+
+def build(name: str, library: str = "auto", image_size: int | None = None) -> tuple[nn.Module, tuple[int, int, int]]:
+    """(model in eval mode with its own start values, (channels, height, width) of its input).
+
+    Args:
+        name: a timm name; "transformers:CLASS" or CLASS such as ViTModel or Dinov2Config (its defaults, or a
+            config.json or its folder); or a torchvision builder such as vit_b_16.
+        library: "timm", "transformers", "torchvision", or "auto" to try what the name looks like.
+        image_size: pixels; the model's own by default.
+
+    Raises:
+        UsageError: nothing goes by that name.
+        MissingLibraryError: its library is not installed.
+    """
+    if library == "auto":
+        library = _guess_library(name)
+    builder = {"timm": _timm, "transformers": _transformers, "torchvision": _torchvision}[library]
+    model, size = builder(name.removeprefix(f"{library}:"), image_size)
+    return model.eval(), size
+
+
+def _guess_library(name: str) -> str:
+    for library in ("timm", "transformers", "torchvision"):
+        if name.startswith(f"{library}:"):
+            return library
+    if Path(name).exists() or (name[:1].isupper() and "_" not in name):
+        return "transformers"
+    return "torchvision" if name.startswith("vit_") and name.split("_")[1] in ("b", "l", "h") else "timm"
+
+
+def _close(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    return f"; close: {', '.join(close)}" if close else ""
+
+
+def _timm(name: str, image_size: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
+    timm: Any = import_library("timm")
+    if not timm.is_model(name):
+        raise UsageError(f"timm has no model {name!r}{_close(name, timm.list_models())}")
+    model = timm.create_model(name, **({} if image_size is None else {"img_size": image_size}))
+    channels, *size = model.pretrained_cfg.get("input_size", (3, 224, 224))
+    embed = getattr(model, "patch_embed", None)
+    height, width = getattr(embed, "img_size", None) or size
+    return model, (channels, height, width)
+
+
+def _transformers(name: str, image_size: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
+    transformers: Any = import_library("transformers")
+    path = Path(name)
+    if path.exists():
+        file = path / "config.json" if path.is_dir() else path
+        try:
+            raw = json.loads(file.read_text())
+            config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(f"{file} is no transformers config: {error}") from error
+        model_class = None
+    else:
+        known = [n for n in dir(transformers) if n.endswith(("Config", "Model")) or "For" in n]
+        if name not in known:
+            raise UsageError(f"transformers has no class {name!r}{_close(name, known)}")
+        cls = getattr(transformers, name)
+        model_class = None if name.endswith("Config") else cls
+        config = cls() if model_class is None else cls.config_class()
+    config = getattr(config, "vision_config", config) if model_class is None else config
+    if image_size is not None:
+        config.image_size = image_size
+    if model_class is None:
+        mapping = transformers.MODEL_MAPPING
+        if type(config) not in mapping:
+            raise UsageError(f"{name}: transformers has no model for {type(config).__name__}")
+        model_class = mapping[type(config)]
+    model = model_class(config)
+    if getattr(model, "main_input_name", "") != "pixel_values":
+        raise UsageError(f"{name}: takes {getattr(model, 'main_input_name', 'something else')}, not images")
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return model, (getattr(config, "num_channels", 3), height, width)
+
+
+def _torchvision(name: str, image_size: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
+    models: Any = import_library("torchvision").models
+    known = models.list_models()
+    if name not in known:
+        raise UsageError(f"torchvision has no model {name!r}{_close(name, known)}")
+    size = image_size or 224
+    model = models.get_model(name, **({} if image_size is None else {"image_size": size}))
+    return model, (3, size, size)

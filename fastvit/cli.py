@@ -1,0 +1,344 @@
+"""The command `fastvit`: env, bench, check, attention."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastvit
+from fastvit._compat import MissingLibraryError, import_library
+from fastvit.bench.models import UsageError
+
+Progress = Callable[[str, float], None]
+DTYPES = ("f32", "bf16", "f16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0 done, 1 a check failed, 2 the request can't be served."""
+    arguments = _parser().parse_args(argv)
+    try:
+        if (threads := getattr(arguments, "threads", None)) is not None:
+            torch.set_num_threads(threads)
+        return arguments.run(arguments)
+    except (UsageError, MissingLibraryError) as error:
+        print(f"fastvit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastvit: stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastvit",
+        description="Fused kernels for Vision Transformers: what runs here, how fast, and how exactly.",
+    )
+    parser.add_argument("--version", action="version", version=f"fastvit {fastvit.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, example: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"example: {example}",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        sub.add_argument("--json", action="store_true", help="print JSON alone on stdout")
+        sub.set_defaults(run=run)
+        return sub
+
+    command("env", _env, "show versions, instruction sets and which backends are live", "fastvit env --json")
+
+    bench = command(
+        "bench",
+        _bench,
+        "measure eager PyTorch against fastvit on a photograph",
+        "fastvit bench --model vit_base_patch16_224 --batch 1 8 --dtype bf16",
+    )
+    bench.add_argument("--model", default="vit_small_patch16_224", help="a timm name (see `fastvit check` for others)")
+    bench.add_argument("--batch", type=_positive, nargs="+", default=[8], help="batch sizes")
+    _add_dtypes(bench)
+    bench.add_argument("--image", type=Path, help="an image file; default: the photograph scikit-learn ships")
+    bench.add_argument("--seconds", type=_positive_float, default=16.0, help="measuring time over all rows")
+    bench.add_argument("--output", type=Path, default=Path("fastvit-bench.png"), help="where the plot goes")
+    _add_machine(bench)
+
+    check = command(
+        "check",
+        _check,
+        "compare a model's fused outputs with float64 and eager PyTorch",
+        "fastvit check vit_small_patch14_dinov2 --image-size 224",
+    )
+    check.add_argument(
+        "model",
+        help="a timm name, a transformers class such as ViTModel or Dinov2Config, a config.json, or vit_b_16",
+    )
+    check.add_argument(
+        "--library", choices=("auto", "timm", "transformers", "torchvision"), default="auto", help="where from"
+    )
+    _add_dtypes(check)
+    check.add_argument("--image-size", type=_positive, help="pixels; default: the model's own")
+    check.add_argument("--batch", type=_positive, default=2, help="images")
+    _add_machine(check)
+
+    attention = command(
+        "attention",
+        _attention,
+        "measure fused attention against torch's scaled_dot_product_attention",
+        "fastvit attention --tokens 197 577 --head-dim 64 72 80",
+    )
+    attention.add_argument("--tokens", type=_positive, nargs="+", default=[197, 577, 1370], help="sequence lengths")
+    attention.add_argument("--heads", type=_positive, default=12, help="number of heads")
+    attention.add_argument("--head-dim", type=_positive, nargs="+", default=[64], help="head dimensions")
+    attention.add_argument("--batch", type=_positive, default=1, help="sequences")
+    attention.add_argument("--seconds", type=_positive_float, default=12.0, help="measuring time over all rows")
+    _add_dtypes(attention)
+    _add_machine(attention)
+    return parser
+
+
+def _add_dtypes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["f32", "bf16"], help="precisions")
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=_positive, help="CPU threads; default: torch's")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="where to run")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
+
+
+# ---- Commands -------------------------------------------------------------------------------------
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    found = fastvit.env()
+    if arguments.json:
+        _print_json(found)
+        return 0
+    cpu, openmp = found["cpu"], found["openmp"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+    print(versions)
+    print(f"platform    {found['platform']}")
+    print(f"cpu         {cpu['name']}, {cpu['cores']} cores, {cpu['torch_threads']} torch threads")
+    print(f"isa         {cpu['isa'] or 'none'} (here: {', '.join(cpu['supported_isas']) or 'none'})")
+    shared = {True: "torch's own", False: "not torch's: two thread pools", None: "none"}[openmp["shared_with_torch"]]
+    print(f"openmp      {shared}" + (f" ({openmp['path']})" if openmp["path"] else ""))
+    for gpu in found["gpus"]:
+        print(f"gpu         {gpu['name']}, compute capability {gpu['compute_capability']}")
+    titles = {"cpp": "C++ on CPU", "triton": "Triton on GPU", "cuda_cpp": "CUDA C++ on GPU", "reference": "plain torch"}
+    for name, backend in found["backends"].items():
+        print(f"{titles[name]:<17} {'live' if backend['live'] else 'not live: ' + backend['why']}")
+        if not backend["live"]:
+            print(f"{'':<17} to get it: {backend['how']}")
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from fastvit.bench.run import bench
+
+    _require_device(arguments.device)
+    for library in ("timm", "rich", "matplotlib", "PIL"):
+        import_library(library)
+    if not arguments.output.parent.is_dir():
+        raise UsageError(f"output: folder {arguments.output.parent} does not exist")
+    with _progress(arguments.json) as progress:
+        rows = bench(
+            arguments.model,
+            batches=arguments.batch,
+            dtypes=arguments.dtype,
+            image=arguments.image,
+            seconds=arguments.seconds,
+            device=arguments.device,
+            progress=progress,
+        )
+    from fastvit.bench import plot
+
+    machine = fastvit.env()["gpus"][0]["name"] if arguments.device == "cuda" else fastvit.env()["cpu"]["name"]
+    plot.save(rows, arguments.output, machine)
+    if arguments.json:
+        _print_json({"machine": machine, "plot": str(arguments.output), "rows": [asdict(r) for r in rows]})
+        return 0
+    _table(
+        f"{arguments.model} on {machine}, {torch.get_num_threads()} threads; random weights, a photograph",
+        [
+            "dtype",
+            "batch",
+            "eager img/s",
+            "fastvit img/s",
+            "speed-up",
+            "of peak",
+            "error eager",
+            "error fastvit",
+            "pairs",
+        ],
+        [
+            [
+                r.dtype,
+                str(r.batch),
+                f"{r.eager_images_per_second:.1f}",
+                f"{r.fastvit_images_per_second:.1f}",
+                f"{r.speedup:.2f}x",
+                _percent(r.fraction_of_peak),
+                f"{r.eager_error:.1e}",
+                f"{r.fastvit_error:.1e}",
+                str(r.rounds),
+            ]
+            for r in rows
+        ],
+    )
+    print(
+        "speed-up: median over interleaved pairs; of peak: of this machine's arithmetic peak, measured between the pairs;"
+    )
+    print("error: relative L2 against float64 with float32 weights, so bf16 rows include the rounding of the weights")
+    print(f"plot: {arguments.output}")
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from fastvit.bench.run import check
+
+    _require_device(arguments.device)
+    with _progress(arguments.json) as progress:
+        result = check(
+            arguments.model,
+            library=arguments.library,
+            dtypes=arguments.dtype,
+            batch=arguments.batch,
+            image_size=arguments.image_size,
+            device=arguments.device,
+            progress=progress,
+        )
+    verdict = "PASS" if result.passed else "FAIL"
+    if arguments.json:
+        rows = [{**asdict(r), "ratio": r.ratio, "passed": r.passed} for r in result.rows]
+        _print_json({"model": arguments.model, "verdict": verdict, "rows": rows, "report": result.report.to_dict()})
+        return 0 if result.passed else 1
+    print(result.report)
+    _table(
+        f"{arguments.model}: relative L2 against float64 on the same rounded weights and images",
+        ["dtype", "output", "eager", "fastvit", "ratio", "max abs", "cosine", ""],
+        [
+            [
+                r.dtype,
+                r.output,
+                f"{r.eager_error:.2e}",
+                f"{r.fastvit_error:.2e}",
+                f"{r.ratio:.2f}",
+                f"{r.max_abs:.1e}",
+                f"{r.cosine:.8f}",
+                "pass" if r.passed else "FAIL",
+            ]
+            for r in result.rows
+        ],
+    )
+    if not result.report.replaced:
+        print("nothing was replaced: fastvit does not know this model")
+    print(f"{verdict} (f32: at most 1e-5, or as eager; lower precisions: at most 1.2x eager's error)")
+    return 0 if result.passed else 1
+
+
+def _attention(arguments: argparse.Namespace) -> int:
+    from fastvit.bench.run import bench_attention
+
+    _require_device(arguments.device)
+    with _progress(arguments.json) as progress:
+        rows = bench_attention(
+            tokens=arguments.tokens,
+            heads=arguments.heads,
+            head_dims=arguments.head_dim,
+            dtypes=arguments.dtype,
+            batch=arguments.batch,
+            seconds=arguments.seconds,
+            device=arguments.device,
+            progress=progress,
+        )
+    if arguments.json:
+        _print_json({"rows": [asdict(r) for r in rows]})
+        return 0
+    _table(
+        f"attention of packed qkv, batch {arguments.batch}, {arguments.heads} heads, {torch.get_num_threads()} threads",
+        ["dtype", "tokens", "head dim", "SDPA ms", "fastvit ms", "speed-up", "of peak", "error SDPA", "error fastvit"],
+        [
+            [
+                r.dtype,
+                str(r.tokens),
+                str(r.head_dim),
+                f"{r.sdpa_milliseconds:.2f}",
+                f"{r.fastvit_milliseconds:.2f}",
+                f"{r.speedup:.2f}x",
+                _percent(r.fraction_of_peak),
+                f"{r.sdpa_error:.1e}",
+                f"{r.fastvit_error:.1e}",
+            ]
+            for r in rows
+        ],
+    )
+    return 0
+
+
+# ---- Output ---------------------------------------------------------------------------------------
+
+
+def _require_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device: cuda was asked for, but torch sees no GPU (fastvit env says why)")
+
+
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.0f} %"
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    rich_table: Any = import_library("rich.table").Table(title=title, title_justify="left", title_style="bold")
+    for i, name in enumerate(header):
+        rich_table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        rich_table.add_row(*row)
+    # Without a terminal rich falls back to 80 columns and would cut cells.
+    width = None if sys.stdout.isatty() else 160
+    import_library("rich.console").Console(width=width).print(rich_table)
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Progress]:
+    """A progress bar on stderr."""
+    if quiet:
+        yield lambda _, __: None
+        return
+    rich_progress: Any = import_library("rich.progress")
+    console = import_library("rich.console").Console(stderr=True)
+    columns = ("{task.description}", rich_progress.BarColumn(), rich_progress.TimeElapsedColumn())
+    with rich_progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+        yield lambda text, done: bar.update(task, description=text, completed=done)
