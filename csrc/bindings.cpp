@@ -54,15 +54,14 @@ void patch_embed(const View& out, const View& image, const View& weight, const V
 void norm_linear(const View& out, const View& x, const View& weight, const View* bias,
                  const View* norm_weight, const View* norm_bias, int norm, float eps,
                  int activation, int compute, int num_threads) {
-  cpu::kernels().norm_linear({out, x, weight, bias, norm_weight, norm_bias,
-                              static_cast<Norm>(norm), eps, static_cast<Activation>(activation),
+  cpu::kernels().norm_linear({out, x, weight, bias, norm_weight, norm_bias, static_cast<Norm>(norm),
+                              eps, static_cast<Activation>(activation),
                               static_cast<Compute>(compute), num_threads});
 }
 
 void attention(const View& out, const View& q, const View& k, const View& v, const View* bias,
                float scale, int compute, int num_threads) {
-  cpu::kernels().attention(
-      {out, q, k, v, bias, scale, static_cast<Compute>(compute), num_threads});
+  cpu::kernels().attention({out, q, k, v, bias, scale, static_cast<Compute>(compute), num_threads});
 }
 
 void linear_residual(const View& out, const View& x, const View& weight, const View* bias,
@@ -136,7 +135,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fastvit's compiled kernels. Use fastvit.ops, which checks arguments.";
 
   py::class_<View>(m, "View", py::module_local(),
-                    "A strided array owned by the caller; strides count elements.")
+                   "A strided array owned by the caller; strides count elements.")
       .def(py::init(&make_view), py::arg("data_ptr"), py::arg("dtype"), py::arg("sizes"),
            py::arg("strides"));
 

@@ -3,8 +3,8 @@
 // attention: out = softmax(scale * q k^T + bias) v, per sample and head
 //
 // A task is a block of query rows of one head. K is packed as panels with keys in the lanes, V with
-// head_dim in the lanes, so both products are the micro-kernel of product.h and any head_dim and any
-// number of tokens only change the last panel:
+// head_dim in the lanes, so both products are the micro-kernel of product.h and any head_dim and
+// any number of tokens only change the last panel:
 //
 //   for each chunk of keys                  one chunk for most ViTs; sized for L2
 //     pack K and V of the chunk
@@ -48,8 +48,9 @@ struct Bias {
         float gathered[kLanes] = {};
         for (int64_t i = 0; i < n; ++i) {
           const int64_t at = begin + (j + i) * step;
-          gathered[i] = source.dtype == DType::kF32 ? static_cast<const float*>(source.data)[at]
-                                                    : to_f32(static_cast<const bf16*>(source.data)[at]);
+          gathered[i] = source.dtype == DType::kF32
+                            ? static_cast<const float*>(source.data)[at]
+                            : to_f32(static_cast<const bf16*>(source.data)[at]);
         }
         b = load(gathered);
       }
@@ -74,15 +75,15 @@ template <class P>
 struct Worker {
   using Element = typename P::Element;
 
-  Element* q;       // (block, ldq)
-  Element* k;       // panels of (head_dim / pair, kPanel)
-  Element* v;       // panels of (chunk / pair, panel width)
-  Element* p;       // (kRows, ldp), bf16 only: f32 probabilities overwrite the scores
-  float* scores;    // (kRows, lds)
-  float* out;       // (block, head_dim in whole vectors)
-  float* row_max;   // (block)
-  float* row_sum;   // (block)
-  int64_t bytes;    // of all of these
+  Element* q;      // (block, ldq)
+  Element* k;      // panels of (head_dim / pair, kPanel)
+  Element* v;      // panels of (chunk / pair, panel width)
+  Element* p;      // (kRows, ldp), bf16 only: f32 probabilities overwrite the scores
+  float* scores;   // (kRows, lds)
+  float* out;      // (block, head_dim in whole vectors)
+  float* row_max;  // (block)
+  float* row_sum;  // (block)
+  int64_t bytes;   // of all of these
 };
 
 template <class P>
@@ -110,7 +111,8 @@ class Attention {
     const int64_t chunks = max(ceil_div(keys_, min(most, 1024)), 1);
     chunk_ = round_up(ceil_div(keys_, chunks), kPanel);
 
-    const int64_t splits = max(split_rows(queries_, batch_ * heads_, threads), ceil_div(queries_, 480));
+    const int64_t splits =
+        max(split_rows(queries_, batch_ * heads_, threads), ceil_div(queries_, 480));
     block_ = round_up(ceil_div(queries_, splits), kRows);
     const int64_t blocks = ceil_div(queries_, block_);
 
@@ -154,13 +156,13 @@ class Attention {
     return sample * view.stride[0] + token * view.stride[1] + head * view.stride[2];
   }
 
-  // Tokens first .. last of a head that will be needed soon. The rows of one head lie far apart: each
-  // is a cache miss, which no hardware prefetcher foresees.
+  // Tokens first .. last of a head that will be needed soon. The rows of one head lie far apart:
+  // each is a cache miss, which no hardware prefetcher foresees.
   void prefetch(const View& view, int64_t head, int64_t first, int64_t last) const {
     const int64_t size = view.dtype == DType::kF32 ? 4 : 2;
     for (int64_t i = first; i < last; ++i) {
-      const char* row = static_cast<const char*>(view.data) +
-                        at(view, head / heads_, i, head % heads_) * size;
+      const char* row =
+          static_cast<const char*>(view.data) + at(view, head / heads_, i, head % heads_) * size;
       for (int64_t b = 0; b < head_dim_ * size; b += 64) __builtin_prefetch(row + b, 0, 2);
     }
   }
@@ -231,7 +233,8 @@ class Attention {
     for (int64_t key = 0; key < keys; key += kPanel) {
       const int64_t vectors = min(ceil_div(keys - key, kLanes), kVectors);
       MicroKernels<P>::get(rows, vectors)(steps, w.q + row * ldq_, ldq_,
-                                          w.k + key * steps * P::kPair, w.scores + key, lds_, false, {});
+                                          w.k + key * steps * P::kPair, w.scores + key, lds_, false,
+                                          {});
     }
   }
 

@@ -1,7 +1,7 @@
 // The dispatch table: every instruction set that was compiled, tested against the machine at load.
 //
-// Support takes two answers: CPUID says that the core decodes the instructions, XGETBV says that the
-// operating system saves the registers they use. FASTVIT_CPU_ISA lowers the choice.
+// Support takes two answers: CPUID says that the core decodes the instructions, XGETBV says that
+// the operating system saves the registers they use. FASTVIT_CPU_ISA lowers the choice.
 //
 // The build defines FASTVIT_HAVE_<ISA> for every set that it compiled.
 
@@ -17,17 +17,15 @@
 
 namespace fastvit::cpu {
 
-#define FASTVIT_BUILD(isa)                                \
-  namespace isa {                                         \
-  void patch_embed(const PatchEmbedArgs&);                \
-  void norm_linear(const NormLinearArgs&);                \
-  void attention(const AttentionArgs&);                   \
-  void linear_residual(const LinearResidualArgs&);        \
-  void pool(const PoolArgs&);                             \
-  double peak(Compute, int num_threads, double seconds);  \
-  constexpr Kernels kKernels{patch_embed, norm_linear,    \
-                             attention,   linear_residual, \
-                             pool,        peak};          \
+#define FASTVIT_BUILD(isa)                                                                      \
+  namespace isa {                                                                               \
+  void patch_embed(const PatchEmbedArgs&);                                                      \
+  void norm_linear(const NormLinearArgs&);                                                      \
+  void attention(const AttentionArgs&);                                                         \
+  void linear_residual(const LinearResidualArgs&);                                              \
+  void pool(const PoolArgs&);                                                                   \
+  double peak(Compute, int num_threads, double seconds);                                        \
+  constexpr Kernels kKernels{patch_embed, norm_linear, attention, linear_residual, pool, peak}; \
   }
 
 FASTVIT_BUILD(scalar)
@@ -141,8 +139,8 @@ void set_isa(const std::string& name) {
   if (level == nullptr) {
     std::string accepted;
     for (const std::string& each : supported_isas()) accepted += " " + each;
-    throw std::invalid_argument("isa='" + name + "' is not supported by this machine; accepted:" +
-                                accepted);
+    throw std::invalid_argument("isa='" + name +
+                                "' is not supported by this machine; accepted:" + accepted);
   }
   table().choose(level);
 }

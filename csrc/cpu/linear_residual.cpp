@@ -43,12 +43,13 @@ template <class P>
 void run(const LinearResidualArgs& args) {
   const int64_t m = args.x.size[0], k = args.x.size[1], n = args.weight.size[0];
   Vectors vectors(2, n);
-  const AddResidual epilogue{Rows(args.out, args.out.stride[0]),
-                             Rows(args.residual, args.residual.stride[0]),
-                             vectors.take(args.bias, 0, n, 0.0f),
-                             vectors.take(args.layer_scale, 0, n, 1.0f),
-                             args.row_scale ? static_cast<const float*>(args.row_scale->data) : nullptr,
-                             args.rows_per_sample};
+  const AddResidual epilogue{
+      Rows(args.out, args.out.stride[0]),
+      Rows(args.residual, args.residual.stride[0]),
+      vectors.take(args.bias, 0, n, 0.0f),
+      vectors.take(args.layer_scale, 0, n, 1.0f),
+      args.row_scale ? static_cast<const float*>(args.row_scale->data) : nullptr,
+      args.rows_per_sample};
   const Weight weight{args.weight.data, args.weight.dtype, args.weight.stride[0], n, k, false};
   product<P>(m, weight, args.num_threads, PlainRows(Rows(args.x, args.x.stride[0]), k), epilogue);
 }

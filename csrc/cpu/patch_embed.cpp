@@ -3,8 +3,8 @@
 // patch_embed: tokens[b, r] = prefix[r]; tokens[b, R + p] = patch(b, p) @ weight^T + bias + pos[p]
 //
 // A patch is a row of A of C * P1 * P2 elements in the order (c, ky, kx) of a Conv2d weight. The
-// source functor gathers it straight from the image, whatever its strides and dtype, and applies the
-// per-channel scale and shift that normalise an image. Position and bias are the epilogue.
+// source functor gathers it straight from the image, whatever its strides and dtype, and applies
+// the per-channel scale and shift that normalise an image. Position and bias are the epilogue.
 
 #include "product.h"
 #include "rows.h"
@@ -14,9 +14,9 @@ namespace {
 
 struct Patches {
   const View& image;
-  int64_t p1, p2;          // patch height and width
-  int64_t across, count;   // patches per row of the image, and per image
-  const float* scale;      // per channel
+  int64_t p1, p2;         // patch height and width
+  int64_t across, count;  // patches per row of the image, and per image
+  const float* scale;     // per channel
   const float* shift;
 
   template <class Element>

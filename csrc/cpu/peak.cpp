@@ -10,7 +10,8 @@ namespace {
 
 // As many independent chains as the micro-kernel has accumulators.
 template <class P>
-__attribute__((noinline)) float multiply_accumulate(int64_t steps, const typename P::Element* data) {
+__attribute__((noinline)) float multiply_accumulate(int64_t steps,
+                                                    const typename P::Element* data) {
   constexpr int kChains = kRows * kVectors;
   const typename P::Unit a = P::load_unit(data), b = P::load_unit(data + 1);
   f32v acc[kChains];

@@ -83,8 +83,8 @@ void run(const PoolArgs& args) {
   const PooledRows source{args, norm_weight, norm_bias, room};
   const Rows out(args.out, args.out.stride[0]);
   if (args.weight) {
-    const Weight weight{args.weight->data, args.weight->dtype, args.weight->stride[0],
-                        classes,           dim,                false};
+    const Weight weight{
+        args.weight->data, args.weight->dtype, args.weight->stride[0], classes, dim, false};
     return product<P>(batch, weight, args.num_threads, source, AddBias{out, bias});
   }
   float* rows = vectors.room(batch * padded);

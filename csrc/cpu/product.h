@@ -24,9 +24,10 @@ namespace fastvit::cpu::FASTVIT_ISA {
 
 // ---- Micro-kernel -------------------------------------------------------------------------------
 
-// What the micro-kernel fetches into L2 in passing, a little every kUnroll steps: the rows of A that
-// come next, the weights that will be packed next (at step s, byte s * step of `count` rows), and the
-// rows that the epilogue of this tile will read or write. Asked for all at once, they would stall.
+// What the micro-kernel fetches into L2 in passing, a little every kUnroll steps: the rows of A
+// that come next, the weights that will be packed next (at step s, byte s * step of `count` rows),
+// and the rows that the epilogue of this tile will read or write. Asked for all at once, they would
+// stall.
 struct Prefetch {
   static constexpr int kUnroll = 8;
 
@@ -211,8 +212,9 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
   const CacheSizes& caches = cache_sizes();
   constexpr int64_t kUnit = kLanes * P::kPair;
 
-  // K chunks: a packed panel takes half of L2, the rest is for A, C and the weights being read.
-  const int64_t most_k = max(caches.l2 / 2 / (kPanel * static_cast<int64_t>(sizeof(Element))), kUnit);
+  // K chunks: a packed panel takes a quarter of L2; A, C and the weights being read need the rest.
+  const int64_t most_k =
+      max(caches.l2 / 4 / (kPanel * static_cast<int64_t>(sizeof(Element))), kUnit);
   const int64_t k_chunks = max(ceil_div(w.k, most_k), 1);
   const int64_t kc = round_up(ceil_div(w.k, k_chunks), kUnit);
 
@@ -231,6 +233,9 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
   const int64_t partial_rows = k_chunks > 1 ? chunk_rows : kRows;
   const int64_t worker_bytes = round_up(panel_elements * sizeof(Element), 64) +
                                partial_rows * kPanel * static_cast<int64_t>(sizeof(float));
+
+  // A row is dear where the source pools tokens: then few rows must still keep all threads busy.
+  const int64_t fill_rows = max(min(min(block_rows, m) / (4 * threads), kRows), 1);
 
   auto* rows = static_cast<Element*>(scratch(Slot::kRows, block_rows * lda * sizeof(Element)));
   auto* workers = static_cast<char*>(scratch(Slot::kWorkers, worker_bytes * threads));
@@ -275,7 +280,7 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
     char* worker = workers + FASTVIT_THREAD_INDEX * worker_bytes;
     for (int64_t block = 0; block < m; block += block_rows) {
       const int64_t block_size = min(block_rows, m - block);
-#pragma omp for schedule(dynamic, kRows)
+#pragma omp for schedule(dynamic, fill_rows)
       for (int64_t r = 0; r < block_size; ++r) fill_row(block + r, rows + r * lda);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < panels * chunks; ++task) {

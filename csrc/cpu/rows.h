@@ -63,7 +63,7 @@ class Vectors {
     return out;
   }
 
- // Uninitialised space for n more values.
+  // Uninitialised space for n more values.
   float* room(int64_t n) {
     float* out = next_;
     next_ += round_up(n, kLanes);
