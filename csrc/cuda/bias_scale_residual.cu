@@ -14,6 +14,7 @@ __global__ void __launch_bounds__(128) bias_scale_residual_kernel(BiasScaleResid
   load_or(args.bias, column, 0.0f, bias);
   load_or(args.layer_scale, column, 1.0f, layer_scale);
 
+#pragma unroll 1  // unrolled, sm_100 spills
   for (int64_t row = blockIdx.y; row < args.rows; row += gridDim.y) {
     float row_scale[1] = {1.0f};
     if (args.row_scale.data != nullptr) {
