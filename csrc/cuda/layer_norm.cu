@@ -37,9 +37,9 @@ __device__ __forceinline__ void write_statistics(const NormArgs& args, int64_t r
   if (args.rstd != nullptr) args.rstd[row] = rstd;
 }
 
-// At most 64 registers, so that 1,024 threads share a multiprocessor and cover memory's latency.
+// At most 72 registers, so that 896 threads share a multiprocessor and cover the latency of memory.
 template <int kVectors, bool kBlock>
-__global__ void __launch_bounds__(kBlock ? kMaxBlock : kRowsPerBlock * kWarp, kBlock ? 2 : 8)
+__global__ void __launch_bounds__(kBlock ? kMaxBlock : kRowsPerBlock * kWarp, kBlock ? 2 : 7)
     norm_in_registers(NormArgs args) {
   const int threads = kBlock ? blockDim.x : kWarp;
   const int thread = kBlock ? threadIdx.x : threadIdx.x % kWarp;
