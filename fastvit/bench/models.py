@@ -26,7 +26,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
         leaf = name.rsplit(".", 1)[-1]
-        if p.ndim >= 2 and leaf == "weight":
+        if p.ndim >= 2 and leaf.endswith("weight"):
             p.copy_(noise * p[0].numel() ** -0.5)
         elif leaf == "weight":
             p.copy_(1.0 + 0.3 * noise)

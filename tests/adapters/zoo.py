@@ -1,0 +1,87 @@
+"""Small models of every supported library and family, with weights that hide nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastvit._compat import import_library
+from tests import nasty
+
+HF = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 136,
+    "image_size": 32,
+    "patch_size": 8,
+}
+TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 7}
+
+
+def timm(**options: Any) -> Callable[[], nn.Module]:
+    return lambda: import_library("timm").models.VisionTransformer(**{**TIMM, **options})
+
+
+def timm_named(name: str, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: import_library("timm").create_model(name, depth=2, **options)
+
+
+def hf(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        transformers: Any = import_library("transformers")
+        return getattr(transformers, model)(getattr(transformers, config)(**{**HF, **options}))
+
+    return make
+
+
+def torchvision() -> nn.Module:
+    return import_library("torchvision").models.VisionTransformer(32, 8, 2, 2, 64, 136, num_classes=7)
+
+
+def swiglu() -> dict[str, Any]:
+    layers = import_library("timm.layers")
+    return {"mlp_layer": layers.SwiGLUPacked, "mlp_ratio": 5.3125, "act_layer": nn.SiLU, "init_values": 0.1}
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "timm vit": timm(),
+    "timm vit layer scale": timm(init_values=0.1, no_embed_class=True),
+    "timm vit registers": timm(init_values=0.1, reg_tokens=4),
+    "timm vit qk norm": timm(qk_norm=True, qkv_bias=False),
+    "timm vit swiglu": lambda: timm(**swiglu())(),
+    "timm clip": timm(pre_norm=True, act_layer="quick_gelu"),
+    "timm siglip": timm(class_token=False, global_pool="map", act_layer="gelu_tanh"),
+    "timm head dim 72": timm(embed_dim=144, mlp_ratio=3.7362),
+    "timm dynamic size": timm(dynamic_img_size=True),
+    "timm 12 channels": timm(in_chans=12),
+    "timm deit distilled": timm_named("deit_tiny_distilled_patch16_224", img_size=32),
+    "timm deit3": timm_named("deit3_small_patch16_224", img_size=32),
+    "timm dinov2": timm_named("vit_small_patch14_dinov2", img_size=28),
+    "hf vit": hf("ViTModel", "ViTConfig"),
+    "hf vit classifier": hf("ViTForImageClassification", "ViTConfig"),
+    "hf vit no qkv bias": hf("ViTModel", "ViTConfig", qkv_bias=False),
+    "hf deit": hf("DeiTModel", "DeiTConfig"),
+    "hf clip": hf("CLIPVisionModel", "CLIPVisionConfig"),
+    "hf clip gelu": hf("CLIPVisionModel", "CLIPVisionConfig", hidden_act="gelu"),
+    "hf siglip": hf("SiglipVisionModel", "SiglipVisionConfig"),
+    "hf dinov2": hf("Dinov2Model", "Dinov2Config"),
+    "hf dinov2 swiglu": hf("Dinov2Model", "Dinov2Config", use_swiglu_ffn=True),
+    "hf dinov2 registers": hf("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig"),
+    "torchvision vit": torchvision,
+}
+
+
+def make(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return nasty.randomize(MODELS[name]()).eval()
+
+
+def image(model: nn.Module, batch: int = 2) -> torch.Tensor:
+    """A random image of the size that the model's patch convolution and positions were made for."""
+    conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    side = 28 if conv.kernel_size[0] == 14 else 32
+    return torch.randn(batch, conv.in_channels, side, side, generator=nasty.generator())
