@@ -126,7 +126,7 @@ class Attention {
 #pragma omp parallel num_threads(threads)
     {
       const Worker<P> worker = carve(base + FASTVIT_THREAD_INDEX * worker_bytes);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
       for (int64_t task = 0; task < batch_ * heads_ * blocks; ++task) {
         const int64_t head = task / blocks, begin = task % blocks * block_;
         // Tasks are handed out in order, so this thread's next head is probably this one.

@@ -279,10 +279,13 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
   {
     char* worker = workers + FASTVIT_THREAD_INDEX * worker_bytes;
     for (int64_t block = 0; block < m; block += block_rows) {
+      if (block > 0) {  // the region's end is barrier enough for the last block
+#pragma omp barrier
+      }
       const int64_t block_size = min(block_rows, m - block);
 #pragma omp for schedule(dynamic, fill_rows)
       for (int64_t r = 0; r < block_size; ++r) fill_row(block + r, rows + r * lda);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
       for (int64_t task = 0; task < panels * chunks; ++task) {
         run_task(block, block_size, task, worker);
       }
