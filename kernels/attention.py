@@ -73,10 +73,10 @@ _LONG = {
         ("16", 256): _Tile(64, 32, 4, 2),
     },
 }
-for _name, _tiles in _LONG.items():
+for _tiles in _LONG.values():
     _tiles |= {
         ("tf32", 64): _Tile(32, 32, 4, 1),
-        ("tf32", 128): _Tile(32 if _name == "sm80" else 64, 32, 8, 1),
+        ("tf32", 128): _Tile(64, 32, 8, 1),
         ("ieee", 64): _Tile(32, 32, 4, 1),
         ("ieee", 128): _Tile(32, 32, 4, 1),
         ("ieee", 256): _Tile(16, 32, 4, 1),
@@ -90,6 +90,9 @@ _SHORT = {
     "sm100": {64: (272, 128), 80: (256, 128), 96: (208, 128), 128: (128, 0)},
     "gfx942": {},
 }
+
+# The widest head whose tf32 operands fit the registers.
+_WIDEST_TF32 = {"sm80": 64, "sm90": 128, "sm100": 128, "gfx942": 128}
 
 # The widest piece of a head dim whose products need no spill.
 _WIDEST = {"sm80": 64, "sm90": 256, "sm100": 256, "gfx942": 256}
@@ -117,8 +120,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, bi
         "ALIGN": math.gcd(16, head_dim, *strides),
         # The row maximum may be scaled after it is found only if scaling keeps the order.
         "SCALE_FIRST": bias is not None or scale <= 0,
-        # tf32 keeps the operands in registers, and heads wider than this don't fit.
-        "PRECISION": precision(q.dtype) if head_dim <= 128 else "ieee",
+        "PRECISION": precision(q.dtype) if head_dim <= _WIDEST_TF32[name] else "ieee",
     }
     block_m = 16 if nq <= 16 else 64
     limits = next((limits for widest, limits in _SHORT[name].items() if width <= widest), (0, 0))

@@ -6,8 +6,8 @@ Cost in 16 bits: "token" reads one row a sample, the means all of x once: 2 B N 
 memory (ViT-B/16, batch 256: 77 MB); the head is 2 B D C flops (0.4 GFLOP) and the 1.5 MB of its weight.
 
 Two launches: `_pool` makes the pooled and normalised vector, one program for each sample, and norm_linear's product
-the logits.  The vector stays float32 between them.  "norm_avg" applies the norm's weight and bias once, after the mean: they
-are the same for every token.
+the logits.  The vector stays float32 between them.  "norm_avg" applies the norm's weight and bias once, after the
+mean: they are the same for every token.
 """
 
 from __future__ import annotations

@@ -91,6 +91,5 @@ def test_strides(device: torch.device, layout: str) -> None:
     check(device, (2, 10, 80), 32, torch.float32, layout=layout)
 
 
-def test_every_tile_of_the_table(device: torch.device) -> None:
-    for m in (2049, 16385):
-        check(device, (1, m, 32), 40, torch.float16)
+def test_the_tile_of_large_batches(device: torch.device) -> None:
+    check(device, (1, 2049, 32), 40, torch.float16)
