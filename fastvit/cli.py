@@ -5,28 +5,26 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, NoReturn
 
 import fastvit
 from fastvit._compat import MissingLibraryError, import_library
-from fastvit.bench.models import UsageError
+from fastvit.bench import DTYPES, Progress, UsageError
 
-Progress = Callable[[str, float], None]
-DTYPES = ("f32", "bf16", "f16")
+# torch and everything above it is imported where it is needed: --help and a mistyped option answer at once.
+
+_PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 a check failed, 2 the request can't be served."""
-    arguments = _parser().parse_args(argv)
     try:
-        if (threads := getattr(arguments, "threads", None)) is not None:
-            torch.set_num_threads(threads)
+        arguments = _parser().parse_args(argv)
         return arguments.run(arguments)
     except (UsageError, MissingLibraryError) as error:
         print(f"fastvit: {error}", file=sys.stderr)
@@ -34,10 +32,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastvit: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader of stdout left, as `| head` does; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # A default of None or False says nothing.
+        return super()._get_help_string(action) if action.default else action.help
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fastvit",
         description="Fused kernels for Vision Transformers: what runs here, how fast, and how exactly.",
     )
@@ -45,32 +58,42 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(
-        name: str, run: Callable[[argparse.Namespace], int], text: str, example: str
+        name: str, run: Callable[[argparse.Namespace], int], text: str, *examples: str
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
             help=text,
-            description=text[0].upper() + text[1:] + ".",
-            epilog=f"example: {example}",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog="\n".join(["examples:", *(f"  {example}" for example in examples)]),
+            formatter_class=_Formatter,
         )
         sub.add_argument("--json", action="store_true", help="print JSON alone on stdout")
         sub.set_defaults(run=run)
         return sub
 
-    command("env", _env, "show versions, instruction sets and which backends are live", "fastvit env --json")
+    command(
+        "env",
+        _env,
+        "show versions, instruction sets and which backends are live",
+        "fastvit env",
+        "fastvit env --json",
+    )
 
     bench = command(
         "bench",
         _bench,
         "measure eager PyTorch against fastvit on a photograph",
+        "fastvit bench",
         "fastvit bench --model vit_base_patch16_224 --batch 1 8 --dtype bf16",
+        "fastvit bench --image cat.jpg --output cat.png",
     )
-    bench.add_argument("--model", default="vit_small_patch16_224", help="a timm name (see `fastvit check` for others)")
-    bench.add_argument("--batch", type=_positive, nargs="+", default=[8], help="batch sizes")
+    bench.add_argument("--model", default="vit_small_patch16_224", help="a model, as in `fastvit check`")
+    bench.add_argument(
+        "--batch", type=_positive, nargs="+", metavar="N", help="batch sizes (default: 8, or 64 on a GPU)"
+    )
     _add_dtypes(bench)
-    bench.add_argument("--image", type=Path, help="an image file; default: the photograph scikit-learn ships")
-    bench.add_argument("--seconds", type=_positive_float, default=16.0, help="measuring time over all rows")
+    bench.add_argument("--image", type=Path, help="an image file (default: the photograph that scikit-learn ships)")
+    bench.add_argument("--seconds", type=_seconds, default=16.0, help="measuring time over all rows")
     bench.add_argument("--output", type=Path, default=Path("fastvit-bench.png"), help="where the plot goes")
     _add_machine(bench)
 
@@ -79,43 +102,68 @@ def _parser() -> argparse.ArgumentParser:
         _check,
         "compare a model's fused outputs with float64 and eager PyTorch",
         "fastvit check vit_small_patch14_dinov2 --image-size 224",
+        "fastvit check transformers:CLIPVisionModel --dtype bf16",
+        "fastvit check path/to/config.json",
+        "fastvit check torchvision:vit_b_16",
     )
     check.add_argument(
         "model",
-        help="a timm name, a transformers class such as ViTModel or Dinov2Config, a config.json, or vit_b_16",
+        help="a timm name, a transformers class such as ViTModel or Dinov2Config, a config.json or its folder, or a "
+        "torchvision name; weights are random and nothing is downloaded",
     )
     check.add_argument(
-        "--library", choices=("auto", "timm", "transformers", "torchvision"), default="auto", help="where from"
+        "--library", choices=("auto", "timm", "transformers", "torchvision"), default="auto", help="where it is from"
     )
     _add_dtypes(check)
-    check.add_argument("--image-size", type=_positive, help="pixels; default: the model's own")
-    check.add_argument("--batch", type=_positive, default=2, help="images")
+    check.add_argument("--image-size", type=_positive, metavar="PIXELS", help="default: the model's own")
+    check.add_argument("--batch", type=_positive, metavar="N", default=2, help="images")
     _add_machine(check)
 
     attention = command(
         "attention",
         _attention,
         "measure fused attention against torch's scaled_dot_product_attention",
+        "fastvit attention",
         "fastvit attention --tokens 197 577 --head-dim 64 72 80",
     )
-    attention.add_argument("--tokens", type=_positive, nargs="+", default=[197, 577, 1370], help="sequence lengths")
-    attention.add_argument("--heads", type=_positive, default=12, help="number of heads")
-    attention.add_argument("--head-dim", type=_positive, nargs="+", default=[64], help="head dimensions")
-    attention.add_argument("--batch", type=_positive, default=1, help="sequences")
-    attention.add_argument("--seconds", type=_positive_float, default=12.0, help="measuring time over all rows")
+    attention.add_argument(
+        "--tokens", type=_positive, nargs="+", metavar="N", default=[197, 577, 1370], help="sequence lengths"
+    )
+    attention.add_argument("--heads", type=_positive, metavar="N", default=12, help="number of heads")
+    attention.add_argument("--head-dim", type=_positive, nargs="+", metavar="N", default=[64], help="head dimensions")
+    attention.add_argument("--batch", type=_positive, metavar="N", default=1, help="sequences")
+    attention.add_argument("--seconds", type=_seconds, default=12.0, help="measuring time over all rows")
     _add_dtypes(attention)
     _add_machine(attention)
     return parser
 
 
 def _add_dtypes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["f32", "bf16"], help="precisions")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), nargs="+", default=["f32", "bf16"], help="precisions")
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=_positive, help="CPU threads; default: torch's")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="where to run")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: the GPU if there is one)")
+
+
+def _set_machine(arguments: argparse.Namespace) -> str:
+    """Apply --threads; returns the device."""
+    import torch
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device: cuda was asked for, but torch sees no GPU (fastvit env says why)")
+    return arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _machine_name(device: str) -> str:
+    found = fastvit.env()
+    if device == "cuda":
+        return found["gpus"][0]["name"]
+    threads = found["cpu"]["torch_threads"]
+    return f"{found['cpu']['name']}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _positive(text: str) -> int:
@@ -124,7 +172,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _positive_float(text: str) -> float:
+def _seconds(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -147,7 +195,7 @@ def _env(arguments: argparse.Namespace) -> int:
     print(versions)
     print(f"platform    {found['platform']}")
     print(f"cpu         {cpu['name']}, {cpu['cores']} cores, {cpu['torch_threads']} torch threads")
-    print(f"isa         {cpu['isa'] or 'none'} (here: {', '.join(cpu['supported_isas']) or 'none'})")
+    print(f"isa         {cpu['isa'] or 'none'}: {cpu['isa_why']} ({', '.join(cpu['supported_isas']) or 'none'})")
     shared = {True: "torch's own", False: "not torch's: two thread pools", None: "none"}[openmp["shared_with_torch"]]
     print(f"openmp      {shared}" + (f" ({openmp['path']})" if openmp["path"] else ""))
     for gpu in found["gpus"]:
@@ -163,30 +211,30 @@ def _env(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     from fastvit.bench.run import bench
 
-    _require_device(arguments.device)
-    for library in ("timm", "rich", "matplotlib", "PIL"):
+    device = _set_machine(arguments)
+    # Whatever can fail fails before the minute of measuring.
+    for library in ("rich", "matplotlib", "PIL"):
         import_library(library)
-    if not arguments.output.parent.is_dir():
-        raise UsageError(f"output: folder {arguments.output.parent} does not exist")
+    _check_output(arguments.output)
     with _progress(arguments.json) as progress:
         rows = bench(
             arguments.model,
-            batches=arguments.batch,
+            batches=arguments.batch or [64 if device == "cuda" else 8],
             dtypes=arguments.dtype,
             image=arguments.image,
             seconds=arguments.seconds,
-            device=arguments.device,
+            device=device,
             progress=progress,
         )
     from fastvit.bench import plot
 
-    machine = fastvit.env()["gpus"][0]["name"] if arguments.device == "cuda" else fastvit.env()["cpu"]["name"]
+    machine = _machine_name(device)
     plot.save(rows, arguments.output, machine)
     if arguments.json:
         _print_json({"machine": machine, "plot": str(arguments.output), "rows": [asdict(r) for r in rows]})
         return 0
     _table(
-        f"{arguments.model} on {machine}, {torch.get_num_threads()} threads; random weights, a photograph",
+        f"{arguments.model} on {machine}; random weights, a photograph",
         [
             "dtype",
             "batch",
@@ -213,10 +261,9 @@ def _bench(arguments: argparse.Namespace) -> int:
             for r in rows
         ],
     )
-    print(
-        "speed-up: median over interleaved pairs; of peak: of this machine's arithmetic peak, measured between the pairs;"
-    )
-    print("error: relative L2 against float64 with float32 weights, so bf16 rows include the rounding of the weights")
+    print("speed-up: median over interleaved pairs")
+    print("of peak: fastvit's share of this machine's arithmetic peak, measured between the pairs")
+    print("error: relative L2 against float64 with the unrounded weights, so low precisions include their rounding")
     print(f"plot: {arguments.output}")
     return 0
 
@@ -224,7 +271,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     from fastvit.bench.run import check
 
-    _require_device(arguments.device)
+    device = _set_machine(arguments)
     with _progress(arguments.json) as progress:
         result = check(
             arguments.model,
@@ -232,7 +279,7 @@ def _check(arguments: argparse.Namespace) -> int:
             dtypes=arguments.dtype,
             batch=arguments.batch,
             image_size=arguments.image_size,
-            device=arguments.device,
+            device=device,
             progress=progress,
         )
     verdict = "PASS" if result.passed else "FAIL"
@@ -267,7 +314,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _attention(arguments: argparse.Namespace) -> int:
     from fastvit.bench.run import bench_attention
 
-    _require_device(arguments.device)
+    device = _set_machine(arguments)
     with _progress(arguments.json) as progress:
         rows = bench_attention(
             tokens=arguments.tokens,
@@ -276,14 +323,14 @@ def _attention(arguments: argparse.Namespace) -> int:
             dtypes=arguments.dtype,
             batch=arguments.batch,
             seconds=arguments.seconds,
-            device=arguments.device,
+            device=device,
             progress=progress,
         )
     if arguments.json:
-        _print_json({"rows": [asdict(r) for r in rows]})
+        _print_json({"machine": _machine_name(device), "rows": [asdict(r) for r in rows]})
         return 0
     _table(
-        f"attention of packed qkv, batch {arguments.batch}, {arguments.heads} heads, {torch.get_num_threads()} threads",
+        f"packed qkv to output, batch {arguments.batch}, {arguments.heads} heads, on {_machine_name(device)}",
         ["dtype", "tokens", "head dim", "SDPA ms", "fastvit ms", "speed-up", "of peak", "error SDPA", "error fastvit"],
         [
             [
@@ -303,12 +350,16 @@ def _attention(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check_output(path: Path) -> None:
+    if path.suffix not in _PLOT_SUFFIXES:
+        raise UsageError(f"output: {path} is no plot's name; accepted endings: {', '.join(_PLOT_SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise UsageError(f"output: folder {path.parent} does not exist")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"output: {path} can't be written")
+
+
 # ---- Output ---------------------------------------------------------------------------------------
-
-
-def _require_device(device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device: cuda was asked for, but torch sees no GPU (fastvit env says why)")
 
 
 def _percent(fraction: float | None) -> str:
@@ -339,6 +390,6 @@ def _progress(quiet: bool) -> Iterator[Progress]:
     rich_progress: Any = import_library("rich.progress")
     console = import_library("rich.console").Console(stderr=True)
     columns = ("{task.description}", rich_progress.BarColumn(), rich_progress.TimeElapsedColumn())
-    with rich_progress.Progress(*columns, console=console, transient=True) as bar:
+    with rich_progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=1.0)
         yield lambda text, done: bar.update(task, description=text, completed=done)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvit._compat import import_library
-from fastvit.bench.models import UsageError
+from fastvit.bench import UsageError
 
 # ImageNet's statistics.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -27,15 +27,16 @@ def load(path: Path | None, batch: int, size: tuple[int, int, int]) -> Tensor:
         UsageError: the file can't be read as an image.
     """
     import_library("PIL")
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     path = path or photograph()
     channels, height, width = size
     try:
         with Image.open(path) as file:
-            picture = ImageOps.fit(file.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
-    except (OSError, UnidentifiedImageError) as error:
-        raise UsageError(f"image {path} can't be read: {error}") from error
+            upright = ImageOps.exif_transpose(file).convert("RGB")
+            picture = ImageOps.fit(upright, (width, height), Image.Resampling.BICUBIC)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UsageError(f"image: {path} can't be read: {error}") from error
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
     x = (pixels.float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     if channels != 3:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvit._compat import import_library
+from fastvit._compat import MissingLibraryError, import_library
+from fastvit.bench import UsageError
 
-
-class UsageError(Exception):
-    """The user asked for something that does not exist; the message says what does."""
+Size = tuple[int, int, int]  # channels, height, width
 
 
 @torch.no_grad()
@@ -38,12 +38,13 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def count_flops(model: nn.Module, image: Tensor) -> int:
     """Floating-point operations of one forward: 2 per multiply-add of every product, attention included."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    # With gradients: without them nn.MultiheadAttention takes one fused operator that the counter does not know.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         model(image)
     return counter.get_total_flops()
 
 
-def build(name: str, library: str = "auto", image_size: int | None = None) -> tuple[nn.Module, tuple[int, int, int]]:
+def build(name: str, library: str = "auto", image_size: int | None = None) -> tuple[nn.Module, Size]:
     """(model in eval mode with its own start values, (channels, height, width) of its input).
 
     Args:
@@ -53,22 +54,54 @@ def build(name: str, library: str = "auto", image_size: int | None = None) -> tu
         image_size: pixels; the model's own by default.
 
     Raises:
-        UsageError: nothing goes by that name.
+        UsageError: nothing goes by that name, or it can't be built.
         MissingLibraryError: its library is not installed.
     """
     if library == "auto":
         library = _guess_library(name)
-    builder = {"timm": _timm, "transformers": _transformers, "torchvision": _torchvision}[library]
-    model, size = builder(name.removeprefix(f"{library}:"), image_size)
+    builder: Callable[[str, int | None], tuple[nn.Module, Size]] = {
+        "timm": _timm,
+        "transformers": _transformers,
+        "torchvision": _torchvision,
+    }[library]
+    try:
+        model, size = builder(name.removeprefix(f"{library}:"), image_size)
+    except (UsageError, MissingLibraryError):
+        raise
+    except Exception as error:
+        # Whatever a library thinks of its arguments.
+        size_text = "" if image_size is None else f" for images of {image_size} pixels"
+        raise UsageError(f"{name} can't be built{size_text}: {_one_line(error)}") from error
     return model.eval(), size
+
+
+def try_forward(model: nn.Module, image: Tensor, name: str) -> Any:
+    """The original model's output on `image`.
+
+    Raises:
+        UsageError: it can't take such an image.
+    """
+    try:
+        return model(image)
+    except Exception as error:
+        raise UsageError(f"{name} can't take an image of shape {tuple(image.shape)}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def _guess_library(name: str) -> str:
     for library in ("timm", "transformers", "torchvision"):
         if name.startswith(f"{library}:"):
             return library
-    if Path(name).exists() or (name[:1].isupper() and "_" not in name):
+    if Path(name).exists() or name.endswith(".json") or (name[:1].isupper() and "_" not in name):
         return "transformers"
+    if "/" in name:
+        raise UsageError(
+            f"{name!r} names a checkpoint on a hub, and nothing is downloaded here; give its class "
+            "(such as Dinov2Model) or a local config.json"
+        )
     return "torchvision" if name.startswith("vit_") and name.split("_")[1] in ("b", "l", "h") else "timm"
 
 
@@ -77,7 +110,7 @@ def _close(name: str, known: list[str]) -> str:
     return f"; close: {', '.join(close)}" if close else ""
 
 
-def _timm(name: str, image_size: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
+def _timm(name: str, image_size: int | None) -> tuple[nn.Module, Size]:
     timm: Any = import_library("timm")
     if not timm.is_model(name):
         raise UsageError(f"timm has no model {name!r}{_close(name, timm.list_models())}")
@@ -88,16 +121,16 @@ def _timm(name: str, image_size: int | None) -> tuple[nn.Module, tuple[int, int,
     return model, (channels, height, width)
 
 
-def _transformers(name: str, image_size: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
+def _transformers(name: str, image_size: int | None) -> tuple[nn.Module, Size]:
     transformers: Any = import_library("transformers")
     path = Path(name)
-    if path.exists():
+    if path.exists() or path.suffix == ".json":
         file = path / "config.json" if path.is_dir() else path
         try:
             raw = json.loads(file.read_text())
             config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
         except (OSError, ValueError, KeyError) as error:
-            raise UsageError(f"{file} is no transformers config: {error}") from error
+            raise UsageError(f"{file} is no transformers config: {_one_line(error)}") from error
         model_class = None
     else:
         known = [n for n in dir(transformers) if n.endswith(("Config", "Model")) or "For" in n]
@@ -114,15 +147,15 @@ def _transformers(name: str, image_size: int | None) -> tuple[nn.Module, tuple[i
         if type(config) not in mapping:
             raise UsageError(f"{name}: transformers has no model for {type(config).__name__}")
         model_class = mapping[type(config)]
+    if (wanted := getattr(model_class, "main_input_name", "something else")) != "pixel_values":
+        raise UsageError(f"{name}: takes {wanted}, not images")
     model = model_class(config)
-    if getattr(model, "main_input_name", "") != "pixel_values":
-        raise UsageError(f"{name}: takes {getattr(model, 'main_input_name', 'something else')}, not images")
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     return model, (getattr(config, "num_channels", 3), height, width)
 
 
-def _torchvision(name: str, image_size: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
+def _torchvision(name: str, image_size: int | None) -> tuple[nn.Module, Size]:
     models: Any = import_library("torchvision").models
     known = models.list_models()
     if name not in known:

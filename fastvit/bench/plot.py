@@ -56,7 +56,7 @@ def save(rows: Sequence[BenchRow], path: Path, machine: str) -> None:
     axes.set_xticks(range(len(rows)), [f"{r.dtype}\nbatch {r.batch}" for r in rows], color=_INK)
     axes.set_ylabel("images per second", color=_INK)
     axes.set_title(rows[0].model, loc="left", fontweight="bold", color=_INK)
-    axes.set_title(f"{machine}, {rows[0].threads} threads", loc="right", fontsize=8.5, color="#6b707b")
+    axes.set_title(machine, loc="right", fontsize=8.5, color="#6b707b")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="both", length=0, labelcolor=_INK)
     axes.grid(axis="y", color="#e7e9ee", linewidth=0.8)

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastvit.adapters import Report, optimize, report
 from fastvit.adapters.compare import difference, tensors
+from fastvit.bench import DTYPES, Progress, UsageError, passes
 from fastvit.bench.image import load
-from fastvit.bench.models import build, count_flops, randomize
+from fastvit.bench.models import build, count_flops, randomize, try_forward
 from fastvit.bench.timing import paired
 from fastvit.ops import attention
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
-# As docs/design.md defines them.
-FLOAT32_TOLERANCE = 1e-5
-LOW_PRECISION_RATIO = 1.2
-
-Progress = Callable[[str, float], None]
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, DTYPES[name])
 
 
 def _silent(_: str, __: float) -> None:
@@ -76,14 +73,18 @@ def bench(
     torch.manual_seed(0)
     model, size = build(name, library)
     pictures = load(image, max(batches), size)
-    flops = count_flops(copy.deepcopy(model).to("meta"), pictures[:1].to("meta"))
     progress("float64 truth", 0.02)
     with torch.inference_mode():
-        truth = _first(copy.deepcopy(model).double()(pictures[:1].double()))
+        truth = _first(try_forward(copy.deepcopy(model).double(), pictures[:1].double(), name))
+    flops = count_flops(model, pictures[:1])
+    if not report(optimize(copy.deepcopy(model))).replaced:
+        raise UsageError(
+            f"{name}: fastvit found no Vision Transformer block to replace (fastvit check {name} says why)"
+        )
     rows = []
     share = seconds / (len(batches) * len(dtypes))
     for i, (dtype_name, batch) in enumerate((d, b) for d in dtypes for b in batches):
-        dtype = DTYPES[dtype_name]
+        dtype = _dtype(dtype_name)
         eager = copy.deepcopy(model).to(device, dtype)
         fast = optimize(copy.deepcopy(eager))
         x = pictures[:batch].to(device, dtype)
@@ -147,9 +148,7 @@ class CheckRow:
 
     @property
     def passed(self) -> bool:
-        if self.dtype == "f32" and self.fastvit_error <= FLOAT32_TOLERANCE:
-            return True
-        return self.ratio <= LOW_PRECISION_RATIO
+        return passes(self.dtype, self.fastvit_error, self.eager_error)
 
 
 @dataclass(frozen=True)
@@ -181,13 +180,13 @@ def check(
     rows: list[CheckRow] = []
     result: Report | None = None
     for i, dtype_name in enumerate(dtypes):
-        dtype = DTYPES[dtype_name]
+        dtype = _dtype(dtype_name)
         progress(f"{name} {dtype_name}: eager", (i + 0.2) / (len(dtypes) + 0.2))
         low = copy.deepcopy(model).to(device, dtype)
         with torch.inference_mode():
             # The truth has the same rounded weights and image.
             inputs = x.to(device, dtype)
-            truth = tensors(_double(low)(inputs.double()))
+            truth = tensors(try_forward(copy.deepcopy(low).double(), inputs.double(), name))
             eager = tensors(low(inputs))
             progress(f"{name} {dtype_name}: fastvit", (i + 0.8) / (len(dtypes) + 0.2))
             fast = tensors(optimize(low)(inputs))
@@ -198,10 +197,6 @@ def check(
     assert result is not None
     progress("done", 1.0)
     return Check(rows, result)
-
-
-def _double(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).double()
 
 
 @dataclass(frozen=True)
@@ -236,7 +231,7 @@ def bench_attention(
     cases = [(d, n, h) for d in dtypes for n in tokens for h in head_dims]
     rows = []
     for i, (dtype_name, n, head_dim) in enumerate(cases):
-        dtype = DTYPES[dtype_name]
+        dtype = _dtype(dtype_name)
         generator = torch.Generator().manual_seed(0)
         qkv = torch.randn(batch, n, 3, heads, head_dim, generator=generator).to(device, dtype)
 

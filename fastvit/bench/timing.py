@@ -5,6 +5,7 @@ A machine's speed drifts by tens of percent within a minute; the two halves of a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from typing import Any
 
 import torch
 
-from fastvit.ops._backend import extension
+from fastvit.bench import peak
 
-_PEAK_SECONDS = 0.03
+# Shorter calls are repeated until they take this long together.
+_SAMPLE_SECONDS = 0.004
 
 
 @dataclass(frozen=True)
@@ -58,47 +60,35 @@ def paired(
     """Measure both in turn until `seconds` are spent.
 
     Args:
-        baseline, candidate: calls to time; each is run once before to warm up.
+        baseline, candidate: calls to time; each is run twice before to warm up.
         dtype: whose peak rate is measured between the pairs.
         device: "cpu" or "cuda" (waits for the GPU around each call).
         seconds: budget; at least `min_rounds` and at most `max_rounds` pairs are run.
         on_round: told the fraction done after each pair.
     """
-    for call in (baseline, candidate):
-        _time(call, device)
+    repeat = max(_repeat(call, device) for call in (baseline, candidate))
+
+    def sample(call: Callable[[], Any]) -> float:
+        return peak.seconds_of(lambda: [call() for _ in range(repeat)], device) / repeat
+
     start = time.perf_counter()
     a, b, peaks = [], [], []
     while len(a) < min_rounds or (len(a) < max_rounds and time.perf_counter() - start < seconds):
         # Who goes first alternates, so that neither always follows the other's cache contents.
-        first, second = (baseline, candidate) if len(a) % 2 == 0 else (candidate, baseline)
-        times = {first: _time(first, device), second: _time(second, device)}
-        a.append(times[baseline])
-        b.append(times[candidate])
-        if (peak := peak_flops(dtype, device)) is not None:
-            peaks.append(peak)
+        if len(a) % 2 == 0:
+            a.append(sample(baseline))
+            b.append(sample(candidate))
+        else:
+            b.append(sample(candidate))
+            a.append(sample(baseline))
+        if (rate := peak.flops(dtype, device)) is not None:
+            peaks.append(rate)
         if on_round is not None:
             on_round(min(1.0, max((time.perf_counter() - start) / seconds, len(a) / max_rounds)))
     return Paired(a, b, median(peaks) if peaks else None)
 
 
-def _time(call: Callable[[], Any], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def peak_flops(dtype: torch.dtype, device: str = "cpu") -> float | None:
-    """FLOP/s that this machine reaches in `dtype` now: register-only loops on CPU, a large product on GPU."""
-    if device == "cuda":
-        a = torch.randn(8192, 8192, device="cuda", dtype=dtype)
-        seconds = min(_time(lambda: a @ a, device) for _ in range(3))
-        return 2 * 8192**3 / seconds
-    ext = extension()
-    kind = {torch.float32: "f32", torch.bfloat16: "bf16"}.get(dtype)
-    if ext is None or kind is None:
-        return None
-    return ext.peak(kind, torch.get_num_threads(), _PEAK_SECONDS) * 1e9
+def _repeat(call: Callable[[], Any], device: str) -> int:
+    """Warm `call` up; returns how many calls in a row are long enough to time."""
+    peak.seconds_of(call, device)
+    return math.ceil(_SAMPLE_SECONDS / max(peak.seconds_of(call, device), 1e-6))
