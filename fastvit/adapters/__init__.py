@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 from fastvit.adapters.compare import Comparison, difference, tensors
 from fastvit.adapters.registry import ADAPTERS, FAMILIES, Verdict, judge_block, judge_patch_conv
 from fastvit.adapters.report import Report, report
-from fastvit.adapters.swap import is_fused, swap_in, swap_out
+from fastvit.adapters.swap import is_fused, last_fallback, note_fallback, swap_in, swap_out
 from fastvit.errors import UnsupportedModelError
 
 __all__ = ["ADAPTERS", "FAMILIES", "Comparison", "Report", "compare", "optimize", "report", "restore"]
@@ -23,12 +26,17 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _UNDO = "_fastvit_undo"
 
 
+# Orders conversions of a model and of its parts, so that restore goes back through them in reverse.
+_conversions = itertools.count()
+
+
 @dataclass
 class _Undo:
     """What `optimize(dtype=...)` replaced: the tensors before, and the dtypes that they went through since."""
 
-    originals: dict[str, Tensor] = field(default_factory=dict)
+    originals: dict[str, Tensor]
     dtypes: list[torch.dtype] = field(default_factory=list)
+    order: int = field(default_factory=lambda: next(_conversions))
 
 
 def optimize(
@@ -42,7 +50,8 @@ def optimize(
 
     Args:
         model: any nn.Module that holds blocks of a supported family (`report(model)` tells).
-        dtype: convert floating-point parameters and buffers, for instance to torch.bfloat16.
+        dtype: convert floating-point parameters and buffers, for instance to torch.bfloat16.  The old values are kept
+            for `restore`, outside the state_dict, in as much memory as they had.
         quantize: None.  Later versions take "int8" and "fp8".
         strict: raise instead of leaving any transformer block as it was; the model is then unchanged.
 
@@ -68,20 +77,20 @@ def optimize(
             continue
         if verdict := judge_block(module):
             blocks[path] = (module, verdict)
-        elif verdict := judge_patch_conv(module):
+        elif verdict := judge_patch_conv(path, module):
             convs.append((module, verdict))
     done = any(is_fused(m) for m in model.modules())
     if strict:
         _raise_if_left(blocks, done)
 
-    swaps = [(m, v) for m, v in blocks.values() if v.mixin is not None]
+    swaps = [(m, v) for m, v in blocks.values() if v.cls is not None]
     if swaps or done:
         swaps += convs
     swapped: list[nn.Module] = []
     try:
         for module, verdict in swaps:
-            assert verdict.mixin is not None
-            swap_in(module, verdict.mixin, verdict.library)
+            assert verdict.cls is not None
+            swap_in(module, verdict.cls)
             swapped.append(module)
         if dtype is not None:
             _convert(model, dtype)
@@ -105,9 +114,9 @@ def restore(model: Model) -> Model:
         raise TypeError(f"model: {type(model).__name__} is not accepted; give a torch.nn.Module")
     for module in model.modules():
         swap_out(module)
-    undo: _Undo | None = model.__dict__.pop(_UNDO, None)
-    if undo is not None:
-        _convert_back(model, undo)
+    undos = [(m, m.__dict__.pop(_UNDO)) for m in list(model.modules()) if _UNDO in m.__dict__]
+    for module, undo in sorted(undos, key=lambda pair: pair[1].order, reverse=True):
+        _convert_back(module, undo)
     return model
 
 
@@ -115,10 +124,10 @@ def compare(model: nn.Module, *inputs: Any, **kwargs: Any) -> Comparison:
     """The optimized model against the original one, original dtype included, on the same inputs.
 
     Both run without gradients, in the mode (train or eval) that the model is in and from the same random state.  The
-    model is left as it was.
+    model is left as it was, optimized or not.
 
     Args:
-        model: an optimized model.
+        model: an optimized model, or one that is to be optimized for the comparison alone.
         inputs, kwargs: what its forward takes.  Floating-point tensors are converted to each model's own dtype.
 
     Returns:
@@ -126,23 +135,43 @@ def compare(model: nn.Module, *inputs: Any, **kwargs: Any) -> Comparison:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__} is not accepted; give a torch.nn.Module")
-    swapped = [(m, m.fastvit_mixin, m.fastvit_library) for m in model.modules() if is_fused(m)]
-    undo: _Undo | None = model.__dict__.get(_UNDO)
-    optimized = _run(model, inputs, kwargs)
-    try:
+    with _kept(model):
+        if not any(is_fused(m) for m in model.modules()):
+            optimize(model)
+        optimized = _run(model, inputs, kwargs)
         restore(model)
         original = _run(model, inputs, kwargs)
-    finally:
-        for module, mixin, library in swapped:
-            swap_in(module, mixin, library)  # type: ignore[arg-type]
-        for dtype in undo.dtypes if undo else ():
-            _convert(model, dtype)
     truth = tensors(original)
     return Comparison([difference(name, t, truth[name]) for name, t in tensors(optimized).items()])
 
 
+@contextlib.contextmanager
+def _kept(model: nn.Module) -> Iterator[None]:
+    """Put back classes, tensors and what the report and `restore` know."""
+    modules = [(m, type(m), m.__dict__.get(_UNDO), last_fallback(m)) for m in model.modules()]
+    held = [(p, p.data) for p in model.parameters()]
+    grads = [(p.grad, p.grad.data) for p in model.parameters() if p.grad is not None]
+    # A model in training writes into its buffers.
+    buffers = [(b, b.data, b.detach().clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        for module, cls, undo, fallback in modules:
+            module.__class__ = cls
+            module.__dict__.pop(_UNDO, None)
+            if undo is not None:
+                module.__dict__[_UNDO] = undo
+            note_fallback(module, fallback)
+        for t, data in (*held, *grads):
+            t.data = data
+        for b, data, values in buffers:
+            b.data = data
+            b.data.copy_(values)
+
+
 def _raise_if_left(blocks: dict[str, tuple[nn.Module, Verdict]], done: bool) -> None:
-    left = [(path, type(m).__name__, v.reason) for path, (m, v) in blocks.items() if v.mixin is None]
+    blocks = {path: (m, v) for path, (m, v) in blocks.items() if v.strict}
+    left = [(path, type(m).__name__, v.reason) for path, (m, v) in blocks.items() if v.cls is None]
     if left:
         lines = "\n".join(f"  {path or '(model)'} ({cls}): {reason}" for path, cls, reason in left)
         raise UnsupportedModelError(f"{len(left)} transformer blocks can't be replaced:\n{lines}")
@@ -157,15 +186,19 @@ def _floating_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _convert(model: nn.Module, dtype: torch.dtype) -> None:
     """model.to(dtype), remembering what the way back needs.  Parameters stay the same objects."""
-    before = {name: (t, t.data) for name, t in _floating_tensors(model).items()}
-    if all(t.dtype == dtype for t, _ in before.values()):
+    before = {
+        name: (t, t.data, None if t.grad is None else t.grad.data) for name, t in _floating_tensors(model).items()
+    }
+    if all(data.dtype == dtype for _, data, _ in before.values()):
         return
-    undo: _Undo = model.__dict__.get(_UNDO) or _Undo({name: data for name, (_, data) in before.items()})
+    undo: _Undo = model.__dict__.get(_UNDO) or _Undo({name: data for name, (_, data, _) in before.items()})
     try:
         model.to(dtype)
     except BaseException:
-        for t, data in before.values():
+        for t, data, grad in before.values():
             t.data = data
+            if t.grad is not None and grad is not None:
+                t.grad.data = grad
         raise
     undo.dtypes.append(dtype)
     model.__dict__[_UNDO] = undo
@@ -176,17 +209,19 @@ def _convert_back(model: nn.Module, undo: _Undo) -> None:
     for name, original in undo.originals.items():
         if name not in now:
             continue
-        current = now[name].data
+        t = now[name]
+        current = t.data
+        # What the values would be if nobody had changed them, .half() and the like apart.
         converted = original = original.to(current.device)
-        for dtype in undo.dtypes:
+        for dtype in (*undo.dtypes, current.dtype):
             converted = converted.to(dtype)
-        if original.shape == current.shape and converted.dtype == current.dtype:
+        if original.shape == current.shape:
             unchanged = (converted == current) | (converted.isnan() & current.isnan())
-            now[name].data = (
-                original if unchanged.all() else torch.where(unchanged, original, current.to(original.dtype))
-            )
+            t.data = original if unchanged.all() else torch.where(unchanged, original, current.to(original.dtype))
         else:
-            now[name].data = current.to(original.dtype)
+            t.data = current.to(original.dtype)
+        if t.grad is not None:
+            t.grad.data = t.grad.data.to(original.dtype)
 
 
 @torch.no_grad()

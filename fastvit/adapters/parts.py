@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fastvit import ops
 from fastvit.nn._spelling import activation_name, norm_arguments
 
 # A linear layer's tensors: weight (N, K), bias (N,) or None.
 Projection = tuple[Tensor, Tensor | None]
+# A probability, and the module in whose training mode it acts.
+Dropout = tuple[float, nn.Module]
 
 
-@dataclass(frozen=True)
-class BlockParts:
+class BlockParts(NamedTuple):
     """The modules and tensors of x + attention(norm1(x)), then x + mlp(norm2(x)), in the order that data flows.
 
-    Read from the block at every call, so a weight or module that is replaced takes effect at once.
+    Read from the block at every call, so a weight or setting that is replaced takes effect at once.
     """
 
     norm1: nn.Module
@@ -37,8 +39,7 @@ class BlockParts:
     fc2: Projection
     layer_scale2: Tensor | None
     drop_path2: nn.Module | None
-    dropouts: tuple[float, ...]  # probabilities that act in training
-    bypassed: tuple[nn.Module, ...]  # modules whose __call__ the fused path skips
+    dropouts: tuple[Dropout, ...]
 
 
 class NotServed(Exception):
@@ -61,7 +62,7 @@ def run_block(p: BlockParts, x: Tensor) -> Tensor:
         k = p.k_norm(k)
     heads = ops.attention(q, k.to(q.dtype), v.to(q.dtype), scale=p.scale)
     x = ops.linear_residual(
-        heads, *p.proj, residual=x, layer_scale=p.layer_scale1, drop_path=drop_path_factors(p.drop_path1, x)
+        heads, *p.proj, residual=x, layer_scale=p.layer_scale1, drop_path=_drop_path(p.drop_path1, x, p.layer_scale1)
     )
     if len(p.fc1) == 1:
         hidden = ops.norm_linear(x, *p.fc1[0], **norm2, activation=activation)
@@ -69,26 +70,47 @@ def run_block(p: BlockParts, x: Tensor) -> Tensor:
         gate, value = p.fc1
         hidden = ops.norm_linear(x, *gate, **norm2, activation=activation) * ops.norm_linear(x, *value, **norm2)
     return ops.linear_residual(
-        hidden, *p.fc2, residual=x, layer_scale=p.layer_scale2, drop_path=drop_path_factors(p.drop_path2, x)
+        hidden, *p.fc2, residual=x, layer_scale=p.layer_scale2, drop_path=_drop_path(p.drop_path2, x, p.layer_scale2)
     )
 
 
-def call_obstacle(p: BlockParts, x: Any, training: bool) -> str | None:
-    """Why this call must run the original forward, or None."""
-    if type(x) is not Tensor and type(x) is not nn.Parameter:
+# ---- Whether a call can be served ------------------------------------------------------------------
+
+
+# What the operators take.  The last two stand for plain tensors while torch.export traces.
+_PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+
+
+def input_obstacle(x: Any, weights: tuple[Tensor | None, ...], ndim: int) -> str | None:
+    """Why these tensors need the original forward, or None."""
+    if type(x) not in _PLAIN:
         return f"input is {type(x).__name__}, not a plain tensor"
-    if x.ndim != 3 or x.layout is not torch.strided:
-        return f"input has shape {tuple(x.shape)} and layout {x.layout}; served: strided (B, N, C)"
-    if not x.is_floating_point():
-        return f"input is {x.dtype}"
-    if not torch.is_autocast_enabled(x.device.type) and any(w.dtype != x.dtype for w, _ in (*p.qkv, p.proj, *p.fc1)):
-        return f"input is {x.dtype}, but the weights are not"
-    for weight, _ in (*p.qkv, p.proj, *p.fc1, p.fc2):
-        if type(weight) is not nn.Parameter and type(weight) is not Tensor:
+    if x.ndim != ndim or x.layout is not torch.strided:
+        return f"input has shape {tuple(x.shape)} and layout {x.layout}"
+    if not x.is_floating_point() or x.is_meta:
+        return f"input is {x.dtype} on {x.device}"
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for weight in weights:
+        if weight is None:
+            continue
+        if type(weight) not in _PLAIN:
             return f"a weight is {type(weight).__name__}, not a plain tensor"
-    if training and any(p.dropouts):
+        if weight.dtype != x.dtype and not autocast:
+            return f"input is {x.dtype}, but a weight is {weight.dtype}"
+    return None
+
+
+def block_obstacle(p: BlockParts, x: Any) -> str | None:
+    """Why this call of a block must run the original forward, or None."""
+    weights = [t for projection in (*p.qkv, p.proj, *p.fc1, p.fc2) for t in projection]
+    if obstacle := input_obstacle(x, tuple(weights), 3):
+        return obstacle
+    if any(probability and module.training for probability, module in p.dropouts):
         return "dropout in training"
-    return mode_obstacle() or _hook_obstacle(p.bypassed)
+    for drop_path in (p.drop_path1, p.drop_path2):
+        if drop_path is not None and drop_path.training and not _is_known_drop_path(drop_path):
+            return f"{type(drop_path).__name__} in training"
+    return mode_obstacle()
 
 
 def mode_obstacle() -> str | None:
@@ -104,10 +126,12 @@ def mode_obstacle() -> str | None:
     return None
 
 
-def _hook_obstacle(bypassed: tuple[nn.Module, ...]) -> str | None:
-    """Why one of these modules must be called as a module: somebody listens to it."""
+def listener_obstacle(bypassed: list[nn.Module]) -> str | None:
+    """Why one of these modules must be called as a module: somebody listens to it, or gave it another forward."""
     registry = torch.nn.modules.module
-    if registry._global_forward_hooks or registry._global_forward_pre_hooks or registry._global_backward_hooks:
+    if registry._global_forward_hooks or registry._global_forward_pre_hooks:
+        return "global module hooks"
+    if registry._global_backward_hooks or registry._global_backward_pre_hooks:
         return "global module hooks"
     for module in bypassed:
         if module._forward_hooks and not all(_is_idle_capture(hook) for hook in module._forward_hooks.values()):
@@ -116,9 +140,20 @@ def _hook_obstacle(bypassed: tuple[nn.Module, ...]) -> str | None:
             return f"forward pre-hook on {type(module).__name__}"
         if module._backward_hooks or module._backward_pre_hooks:
             return f"backward hook on {type(module).__name__}"
-        if "forward" in module.__dict__:
+        if "forward" in module.__dict__ and not has_own_forward(module):
             return f"forward of {type(module).__name__} was replaced"
     return None
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Is the forward on the instance, if any, the class's own?
+
+    transformers 4 assigns it: it wraps `forward` to record attentions and puts the bound method back afterwards.
+    """
+    forward = module.__dict__.get("forward")
+    return forward is None or (
+        getattr(forward, "__self__", None) is module and forward.__func__ is type(module).forward
+    )
 
 
 def _is_idle_capture(hook: Any) -> bool:
@@ -126,33 +161,103 @@ def _is_idle_capture(hook: Any) -> bool:
     if getattr(hook, "__name__", "") != "output_capturing_hook":
         return False
     if torch.compiler.is_compiling():
-        return True  # transformers can't record inside a compiled graph
+        return True  # a compiled model asks through an argument or its configuration, and both are looked at
     collector = hook.__globals__["_active_collector"].get()
     return collector is None or "attentions" not in collector
 
 
-def drop_path_factors(drop_path: nn.Module | None, x: Tensor) -> Tensor | None:
-    """(B,) factors of a library's DropPath, drawn as that library draws them; None where nothing is dropped."""
-    probability = getattr(drop_path, "drop_prob", None)
-    if drop_path is None or not drop_path.training or not probability:
+# ---- DropPath and dropout --------------------------------------------------------------------------
+
+
+def _is_known_drop_path(module: nn.Module) -> bool:
+    library, name = _origin(module)
+    return (
+        type(module) is nn.Identity
+        or (library, name) == ("timm.layers.drop", "DropPath")
+        or (library.startswith("transformers.models.") and name.endswith("DropPath"))
+    )
+
+
+def _drop_path(module: nn.Module | None, x: Tensor, layer_scale: Tensor | None) -> Tensor | None:
+    """(B,) factors of a library's DropPath, from the same random numbers; None where nothing is dropped."""
+    probability = getattr(module, "drop_prob", None)
+    if module is None or not module.training or not probability:
         return None
     keep = 1.0 - probability
-    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-    if hasattr(drop_path, "scale_by_keep"):  # timm
-        factors = x.new_empty(shape).bernoulli_(keep)
-        if keep > 0.0 and drop_path.scale_by_keep:
+    # The libraries draw in the dtype of the branch.
+    dtype = x.dtype
+    if layer_scale is None and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    shape = (x.shape[0], 1, 1)
+    if hasattr(module, "scale_by_keep"):  # timm
+        factors = torch.empty(shape, dtype=dtype, device=x.device).bernoulli_(keep)
+        if keep > 0.0 and module.scale_by_keep:
             factors = factors.div_(keep)
     else:  # transformers
-        factors = torch.rand(shape, dtype=x.dtype, device=x.device).add(keep).floor().div(keep)
+        factors = torch.rand(shape, dtype=dtype, device=x.device).add(keep).floor().div(keep)
     return factors.flatten()
 
 
-def linear(module: nn.Module, name: str) -> Projection:
-    """The tensors of a plain nn.Linear; anything wrapped around it (LoRA, quantisation) is not served."""
+def dropout(module: nn.Module) -> Dropout:
+    """The probability of a dropout module; one of an unknown kind counts as acting."""
+    if isinstance(module, nn.Identity):
+        return 0.0, module
+    return (module.p if type(module) is nn.Dropout else 1.0), module
+
+
+# ---- Reading modules -------------------------------------------------------------------------------
+
+
+# Reading happens at every call of a block, and nn.Module.__getattr__ takes microseconds: these look directly.
+
+
+def child(module: nn.Module | None, *names: str) -> Any:
+    """The first submodule of one of these names, or None."""
+    if module is not None:
+        for name in names:
+            if (found := module._modules.get(name)) is not None:
+                return found
+    return None
+
+
+def tensor(module: nn.Module, name: str) -> Any:
+    # DataParallel's replicas have plain tensors in place of parameters.
+    return module._parameters[name] if name in module._parameters else getattr(module, name)
+
+
+def linear(module: nn.Module) -> Projection:
+    """The tensors of a linear layer."""
+    return tensor(module, "weight"), tensor(module, "bias")
+
+
+def layer_scale(module: nn.Module | None, name: str) -> Tensor | None:
+    """The tensor of a LayerScale; None where there is none (or an Identity)."""
+    return None if module is None or type(module) is nn.Identity else tensor(module, name)
+
+
+def check_linear(module: nn.Module | None, name: str) -> None:
+    """Only a plain nn.Linear is served, nothing wrapped around it (LoRA, quantisation); raises NotServed."""
     # torch makes this subclass for out_proj; its forward is Linear's.
     if type(module) is not nn.Linear and type(module) is not nn.modules.linear.NonDynamicallyQuantizableLinear:
         raise NotServed(f"{name} is {type(module).__name__}, not nn.Linear")
-    return module.weight, module.bias
+
+
+def check_contents(module: nn.Module, children: set[str], name: str, tensors: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    """Structure is trusted only when nothing is there that the sentence doesn't say; raises NotServed."""
+    # Identity and None say nothing; an unknown child that computes does.
+    extra = {n for n, child in module.named_children() if n not in children and type(child) is not nn.Identity}
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    extra |= {n for n, _ in own if n not in tensors}
+    if extra:
+        raise NotServed(f"{name} has {', '.join(sorted(extra))}")
+
+
+def check_layer_scale(module: nn.Module | None, name: str) -> None:
+    if module is not None and type(module) is not nn.Identity:
+        check_contents(module, set(), "LayerScale", {name})
+        gamma = getattr(module, name, None)
+        if gamma is None or gamma.ndim != 1:
+            raise NotServed(f"{type(module).__name__} is no LayerScale")
 
 
 # Norms and activations of the libraries that compute what torch's own do, by module and class name.
@@ -189,11 +294,3 @@ def read_activation(module: nn.Module) -> str:
     if name is None:
         raise NotServed(f"activation is {type(module).__name__}")
     return name
-
-
-def check_children(module: nn.Module, expected: set[str], name: str = "block") -> None:
-    """Structure is trusted only when nothing is there that the sentence doesn't say."""
-    # Identity and None say nothing; an unknown child that computes does.
-    extra = {n for n, child in module.named_children() if n not in expected and type(child) is not nn.Identity}
-    if extra:
-        raise NotServed(f"{name} has {', '.join(sorted(extra))}")

@@ -10,10 +10,12 @@ from typing import Any
 from torch import nn
 
 from fastvit.adapters import timm, torchvision, transformers
-from fastvit.adapters.parts import NotServed, read_activation, read_norm
-from fastvit.adapters.swap import Fused, FusedBlock, FusedPatchConv, probe
+from fastvit.adapters.parts import NotServed, has_own_forward, read_activation, read_norm
+from fastvit.adapters.probe import probe
+from fastvit.adapters.swap import FusedBlock, FusedPatchConv, descendants, fused_class
 
-# Each adapter: LIBRARY, matches(block), read(block) -> BlockParts.
+# Each adapter: LIBRARY, its module's name; matches(block), does it look like one of its own; check(block), which raises
+# NotServed for a structure that it can't express; read(block) -> BlockParts, at every call.
 ADAPTERS: tuple[ModuleType, ...] = (timm, transformers, torchvision)
 
 
@@ -46,49 +48,72 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of one module: a mixin to swap in, or the reason why it stays."""
+    """What becomes of one module: the class to swap in, or the reason why it stays.
 
-    mixin: type[Fused] | None
-    library: Any = None
+    strict: does `optimize(strict=True)` ask for this module?
+    """
+
+    cls: type[nn.Module] | None = None
+    sentence: str = ""
     reason: str = ""
+    strict: bool = True
 
 
 def judge_block(module: nn.Module) -> Verdict | None:
-    """A verdict on a transformer block; None for a module that is no block."""
+    """A verdict on a transformer block or an attention pooling head; None for other modules."""
     for adapter in ADAPTERS:
         if adapter.matches(module):
-            try:
-                parts = adapter.read(module)
-                for norm in (parts.norm1, parts.norm2):
-                    read_norm(norm, parts.qkv[0][0].dtype)
-                if not isinstance(parts.activation, str):
-                    read_activation(parts.activation)
-            except (NotServed, AttributeError) as reason:
-                return Verdict(None, reason=str(reason))
-            if difference := probe(module, adapter):
-                return Verdict(None, reason=difference)
-            return Verdict(FusedBlock, adapter)
-    if _looks_like_block(module):
-        return Verdict(None, reason="no adapter knows this kind of block")
-    return None
+            return _judge_match(module, adapter)
+    return _judge_looks(module)
 
 
-def judge_patch_conv(module: nn.Module) -> Verdict | None:
+def _judge_match(module: nn.Module, adapter: Any) -> Verdict:
+    if not has_own_forward(module):
+        return Verdict(reason="its forward was replaced on the instance")
+    try:
+        adapter.check(module)
+        parts = adapter.read(module)
+        for norm in (parts.norm1, parts.norm2):
+            read_norm(norm, parts.qkv[0][0].dtype)
+        if not isinstance(parts.activation, str):
+            read_activation(parts.activation)
+    except (NotServed, AttributeError) as reason:
+        return Verdict(reason=str(reason))
+    proof = probe(module, adapter)
+    if proof.obstacle is not None:
+        return Verdict(reason=proof.obstacle)
+    types = tuple(type(m) for m in descendants(module))
+    cls = fused_class(type(module), FusedBlock, adapter.LIBRARY, types, proof.returns_tuple)
+    return Verdict(cls, FusedBlock.fastvit_sentence)
+
+
+_PATCH_CONV_NAMES = ("proj", "projection", "patch_embedding", "conv_proj")
+
+
+def judge_patch_conv(path: str, module: nn.Module) -> Verdict | None:
     """A verdict on a patch-embedding convolution: stride equal to kernel, nothing else special."""
     if type(module) is not nn.Conv2d or module.kernel_size == (1, 1) or module.stride != module.kernel_size:
         return None
+    if path.rpartition(".")[2] not in _PATCH_CONV_NAMES or not has_own_forward(module):
+        return None
     plain = module.padding in ("valid", 0, (0, 0)) and module.dilation == (1, 1) and module.groups == 1
-    return Verdict(FusedPatchConv) if plain else None
+    return Verdict(fused_class(nn.Conv2d, FusedPatchConv), FusedPatchConv.fastvit_sentence) if plain else None
 
 
 _ATTENTION, _MLP, _NORM = (
-    re.compile(p, re.I) for p in (r"attn|attention", r"mlp|ffn|intermediate|linear1", r"norm|ln_")
+    re.compile(p, re.I) for p in (r"attn|attention", r"mlp|ffn|intermediate|linear1", r"norm|^ln_|^ln\d")
 )
 
 
-def _looks_like_block(module: nn.Module) -> bool:
-    """Has it children that attend, children that mix channels, and a norm?  Containers of blocks have not."""
+def _judge_looks(module: nn.Module) -> Verdict | None:
+    """Has it children that attend, children that mix channels, and a norm somewhere?  Containers of blocks have not."""
     names = [name for name, _ in module.named_children()]
-    if any(p.ndim == 3 for p in module.parameters(recurse=False)):
-        return False  # it brings its own query: attention pooling
-    return all(any(pattern.search(name) for name in names) for pattern in (_ATTENTION, _MLP, _NORM))
+    attends = any(_ATTENTION.search(name) for name in names)
+    if any(p.ndim == 3 for p in module.parameters(recurse=False)) and (attends or "kv" in names):
+        # It brings its own query.
+        return Verdict(reason="attention pooling runs as it was", strict=False)
+    if not attends or not any(_MLP.search(name) for name in names):
+        return None
+    if not any(_NORM.search(path.rpartition(".")[2]) for path, _ in module.named_modules()):
+        return None
+    return Verdict(reason="no adapter knows this kind of block")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastvit.adapters.registry import judge_block, judge_patch_conv
-from fastvit.adapters.swap import Fused, is_fused, last_fallback
+from fastvit.adapters.swap import is_fused, last_fallback
 from fastvit.ops._backend import extension, has_triton
 
 
@@ -78,19 +78,19 @@ def report(model: nn.Module) -> Report:
     rows = []
     for path, module in model.named_modules():
         cls = type(module).__name__
-        if isinstance(module, Fused):
+        if is_fused(module):
             reason = last_fallback(module)
-            detail = f"original forward: {reason}" if reason else module.fastvit_sentence
+            detail = f"original forward: {reason}" if reason else str(module.fastvit_sentence)
             rows.append(Row(path, cls, "fallback" if reason else "fused", detail))
         elif verdict := judge_block(module):
-            ready = verdict.mixin is not None
-            detail = f"would run {verdict.mixin.fastvit_sentence}" if verdict.mixin else verdict.reason
+            ready = verdict.cls is not None
+            detail = f"would run {verdict.sentence}" if ready else verdict.reason
             rows.append(Row(path, cls, "ready" if ready else "left", detail))
-    if rows:
+    if any(row.status != "left" for row in rows):
         rows += [
-            Row(path, type(m).__name__, "ready", "would run patch_embed")
+            Row(path, type(m).__name__, "ready", f"would run {verdict.sentence}")
             for path, m in model.named_modules()
-            if not is_fused(m) and judge_patch_conv(m)
+            if not is_fused(m) and (verdict := judge_patch_conv(path, m))
         ]
     return Report(rows, _backend(model))
 

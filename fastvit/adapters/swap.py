@@ -5,17 +5,26 @@ Parameters, buffers, hooks, attributes and isinstance stay because the object st
 
 from __future__ import annotations
 
-import copy
 import functools
-import inspect
+import importlib
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastvit import ops
-from fastvit.adapters.parts import NotServed, call_obstacle, mode_obstacle, run_block
+from fastvit.adapters.parts import (
+    BlockParts,
+    NotServed,
+    block_obstacle,
+    has_own_forward,
+    input_obstacle,
+    listener_obstacle,
+    mode_obstacle,
+    run_block,
+)
 
 # Why a module last ran its original forward; beside the modules, so that they gain no attribute.
 _fallbacks: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
@@ -25,7 +34,7 @@ def last_fallback(module: nn.Module) -> str | None:
     return _fallbacks.get(module)
 
 
-def _note_fallback(module: nn.Module, reason: str | None) -> None:
+def note_fallback(module: nn.Module, reason: str | None) -> None:
     if torch.compiler.is_compiling():
         return
     if reason is not None:
@@ -35,15 +44,19 @@ def _note_fallback(module: nn.Module, reason: str | None) -> None:
 
 
 class Fused:
-    """Mixin of every swapped class."""
+    """Mixin of every swapped class; `fused_class` fills in the attributes."""
 
     fastvit_original: type[nn.Module]
+    # The arguments of `fused_class` that made this class.
+    fastvit_recipe: tuple[Any, ...]
+    # The forwards that the fused one stands for: a class that is patched since must run its own.
+    fastvit_forwards: tuple[Callable[..., Any], ...]
     # How the module runs now, for the report.
     fastvit_sentence: str
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickle and deepcopy look classes up by name, and the made class shares its original's name.
-        return _rebuild, (self.fastvit_original, fused_mixin(type(self))), self.__getstate__()  # type: ignore[attr-defined]
+        return _rebuild, self.fastvit_recipe, *super().__reduce_ex__(protocol)[2:]
 
     def __prepare_scriptable__(self) -> nn.Module:
         """torch.jit.script compiles the original's source."""
@@ -53,25 +66,46 @@ class Fused:
 
 
 class FusedBlock(Fused):
-    """A pre-norm block in five operators; `fastvit_library` is the adapter that knows its names."""
+    """A pre-norm block in five operators."""
 
-    fastvit_library: Any
-    fastvit_returns_tuple: bool
     fastvit_sentence = "norm_linear, attention, linear_residual, norm_linear, linear_residual"
+    fastvit_read: ClassVar[Callable[[Any], BlockParts]]
+    # The types of all modules inside, as they were when the fused block was proven to be the same function.
+    fastvit_types: tuple[type[nn.Module], ...]
+    fastvit_returns_tuple: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        block: Any = self
         obstacle, x = _hidden_states(args, kwargs)
+        out = None
+        if obstacle is None:
+            inner = descendants(block)
+            obstacle = self._structure_obstacle(inner) or listener_obstacle(inner)
         if obstacle is None:
             try:
-                parts = self.fastvit_library.read(self)
-                obstacle = call_obstacle(parts, x, self.training)  # type: ignore[attr-defined]
-            except NotServed as reason:
+                parts = self.fastvit_read()
+                obstacle = block_obstacle(parts, x)
+                if obstacle is None:
+                    out = run_block(parts, x)
+            except (NotServed, ValueError, TypeError) as reason:
                 obstacle = str(reason)
-        _note_fallback(self, obstacle)  # type: ignore[arg-type]
-        if obstacle is not None:
+        note_fallback(block, obstacle)
+        if out is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        out = run_block(parts, x)
         return (out,) if self.fastvit_returns_tuple else out
+
+    def _structure_obstacle(self, inner: list[nn.Module]) -> str | None:
+        types = self.fastvit_types
+        if len(inner) != len(types):
+            return "modules were added or removed"
+        for module, kind in zip(inner, types, strict=True):
+            if type(module) is not kind:
+                return f"{kind.__name__} was replaced by {type(module).__name__}"
+        if not torch.compiler.is_compiling():
+            for kind, forward in zip((self.fastvit_original, *types), self.fastvit_forwards, strict=True):
+                if kind.forward is not forward:
+                    return f"{kind.__name__}.forward was replaced"
+        return None
 
 
 class FusedPatchConv(Fused):
@@ -81,26 +115,20 @@ class FusedPatchConv(Fused):
 
     def forward(self, input: Any) -> Any:
         conv: Any = self
-        obstacle = None
-        if type(input) is not Tensor and type(input) is not nn.Parameter:
-            obstacle = f"input is {type(input).__name__}, not a plain tensor"
-        elif input.ndim != 4 or input.shape[1] != conv.in_channels or not input.is_floating_point():
-            obstacle = f"input has shape {tuple(input.shape)} and dtype {input.dtype}"
-        elif any(size < patch for size, patch in zip(input.shape[2:], conv.kernel_size, strict=True)):
-            obstacle = f"image {tuple(input.shape[2:])} is smaller than the patch"
-        elif input.dtype != conv.weight.dtype and not torch.is_autocast_enabled(input.device.type):
-            obstacle = f"input is {input.dtype}, but the weights are not"
-        elif type(conv.weight) is not nn.Parameter and type(conv.weight) is not Tensor:
-            obstacle = f"weight is {type(conv.weight).__name__}"
-        else:
-            obstacle = mode_obstacle()
-        _note_fallback(conv, obstacle)
+        weight, bias = conv.weight, conv.bias
+        obstacle = input_obstacle(input, (weight, bias), 4) or mode_obstacle()
+        if obstacle is None:
+            if input.shape[1] != weight.shape[1] or any(s < p for s, p in zip(input.shape[2:], weight.shape[2:])):  # noqa: B905
+                obstacle = f"input has shape {tuple(input.shape)}"
+            elif nn.Conv2d.forward is not self.fastvit_forwards[0]:
+                obstacle = "Conv2d.forward was replaced"
+        note_fallback(conv, obstacle)
         if obstacle is not None:
             return super().forward(input)  # type: ignore[misc]
-        p1, p2 = conv.kernel_size
+        p1, p2 = weight.shape[2:]
         grid = (input.shape[2] // p1, input.shape[3] // p2)
         # Like the convolution, ignore what lies beyond the last whole patch.
-        tokens = ops.patch_embed(input[:, :, : grid[0] * p1, : grid[1] * p2], conv.weight, conv.bias)
+        tokens = ops.patch_embed(input[:, :, : grid[0] * p1, : grid[1] * p2], weight, bias)
         # The tokens' memory seen as (B, D, rows, columns): flattening it back costs nothing.
         return tokens.transpose(1, 2).unflatten(2, grid)
 
@@ -119,93 +147,85 @@ def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str |
     return (None, x) if x is not None else ("called without hidden states", None)
 
 
+def descendants(module: nn.Module) -> list[nn.Module]:
+    """All modules inside, each as often as it occurs."""
+    # As fast as can be: it runs at every call of a block.
+    found: list[nn.Module] = []
+    for child in module._modules.values():
+        if child is not None:
+            found.append(child)
+            if child._modules:
+                found += descendants(child)
+    return found
+
+
+def fused_class(
+    original: type[nn.Module],
+    mixin: type[Fused],
+    library: str | None = None,
+    types: tuple[type[nn.Module], ...] = (),
+    returns_tuple: bool = False,
+) -> type[nn.Module]:
+    """The subclass of `original` that runs `mixin`'s forward.  It goes by its original's name.
+
+    library: the adapter whose `read` knows the block's names.  types, returns_tuple: what the probe found.
+    """
+    forwards = tuple(kind.forward for kind in (original, *types))
+    return _fused_class(original, mixin, library, types, returns_tuple, forwards)  # type: ignore[arg-type]
+
+
 @functools.cache
-def fused_class(original: type[nn.Module], mixin: type[Fused], library: Any = None) -> type[nn.Module]:
-    """The subclass of `original` that runs `mixin`'s forward.  It goes by its original's name."""
+def _fused_class(
+    original: type[nn.Module],
+    mixin: type[Fused],
+    library: str | None,
+    types: tuple[type[nn.Module], ...],
+    returns_tuple: bool,
+    forwards: tuple[Callable[..., Any], ...],
+) -> type[nn.Module]:
     namespace: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "fastvit_original": original,
-        "fastvit_mixin": mixin,
-        "fastvit_library": library,
+        "fastvit_recipe": (original, mixin, library, types, returns_tuple),
+        "fastvit_forwards": forwards,
     }
-    if mixin is FusedBlock:
-        # CLIP of transformers 4 returns a tuple, with the attentions behind when they are asked for.
-        namespace["fastvit_returns_tuple"] = "output_attentions" in inspect.signature(original.forward).parameters
+    if library is not None:
+        namespace["fastvit_read"] = importlib.import_module(f"fastvit.adapters.{library}").read
+        namespace["fastvit_types"] = types
+        namespace["fastvit_returns_tuple"] = returns_tuple
     return type(original.__name__, (mixin, original), namespace)
 
 
-def fused_mixin(cls: type) -> tuple[type[Fused], Any]:
-    return cls.fastvit_mixin, cls.fastvit_library  # type: ignore[attr-defined]
-
-
-def _rebuild(original: type[nn.Module], mixin: tuple[type[Fused], Any]) -> nn.Module:
-    cls = fused_class(original, *mixin)
+def _rebuild(*recipe: Any) -> nn.Module:
+    cls = fused_class(*recipe)
     return cls.__new__(cls)
 
 
-def is_fused(module: nn.Module) -> bool:
+def is_fused(module: Any) -> bool:
     return isinstance(module, Fused)
 
 
-def swap_in(module: nn.Module, mixin: type[Fused], library: Any = None) -> None:
-    module.__class__ = fused_class(type(module), mixin, library)
+def swap_in(module: nn.Module, cls: type[nn.Module]) -> None:
+    if has_own_forward(module):
+        # A bound method of the old class would hide the new one.
+        module.__dict__.pop("forward", None)
+    module.__class__ = cls
 
 
 def swap_out(module: nn.Module) -> None:
     if is_fused(module):
-        module.__class__ = module.fastvit_original  # type: ignore[assignment]
+        if has_own_forward(module):
+            module.__dict__.pop("forward", None)
+        module.__class__ = _without_fusion(type(module))
         _fallbacks.pop(module, None)
 
 
-# ---- Proof by probe -------------------------------------------------------------------------------
-
-_PROBE_TOKENS = 5
-_PROBE_TOLERANCE = 1e-4
-# Class signature of a block -> why the fused block is not the same function, or None.
-_probed: dict[tuple[type, ...], str | None] = {}
-
-
-def probe(block: nn.Module, library: Any) -> str | None:
-    """Run a random copy of the block both ways; returns why the fused one must not replace it, or None.
-
-    Structure alone can't see that somebody's subclass computes something else with the same children.
-    """
-    signature = tuple(type(m) for m in block.modules())
-    if signature not in _probed:
-        _probed[signature] = _compare_once(block, library)
-    return _probed[signature]
-
-
-def _compare_once(block: nn.Module, library: Any) -> str | None:
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
-        torch.manual_seed(0)
-        try:
-            twin = copy.deepcopy(block).to_empty(device="cpu").float().eval()
-        except Exception as error:
-            return f"can't be copied for a trial run ({type(error).__name__})"
-        for module in twin.modules():
-            module._forward_hooks.clear()
-            module._forward_pre_hooks.clear()
-        for p in twin.parameters():
-            # Matrices keep the scale of their input; vectors (norms, biases, LayerScale) are around one.
-            p.copy_(torch.randn(p.shape) * (p.shape[-1] ** -0.5 if p.ndim > 1 else 0.3) + (p.ndim == 1))
-        parts = library.read(twin)
-        x = torch.randn(2, _PROBE_TOKENS, parts.qkv[0][0].shape[1])
-        arguments: list[Any] = [x]
-        # Later required parameters are masks.
-        for parameter in list(inspect.signature(type(twin).forward).parameters.values())[2:]:
-            if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-                arguments.append(None)
-        try:
-            expected = type(twin).forward(twin, *arguments)
-        except Exception as error:
-            return f"its forward needs more than hidden states ({type(error).__name__})"
-        if isinstance(expected, tuple):
-            expected = expected[0]
-        actual = run_block(parts, x)
-    if not isinstance(expected, Tensor) or expected.shape != actual.shape:
-        return "its forward returns something else"
-    error = (actual - expected).norm() / expected.norm()
-    return None if error < _PROBE_TOLERANCE else "its forward computes something else"
+def _without_fusion(cls: type) -> type:
+    if "fastvit_original" in vars(cls):
+        return cls.fastvit_original  # type: ignore[no-any-return, attr-defined]
+    # Somebody (FSDP2, parametrize) has derived a class of their own since.
+    bases = tuple(_without_fusion(base) if issubclass(base, Fused) else base for base in cls.__bases__)
+    namespace = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, namespace)

@@ -2,51 +2,84 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from fastvit.adapters.parts import BlockParts, NotServed, check_children, linear
+from fastvit.adapters.parts import (
+    BlockParts,
+    NotServed,
+    Projection,
+    check_contents,
+    check_layer_scale,
+    check_linear,
+    child,
+    dropout,
+    layer_scale,
+    linear,
+    tensor,
+)
 
 LIBRARY = "timm"
 
 
 def matches(block: nn.Module) -> bool:
     attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
-    return hasattr(attn, "qkv") and hasattr(attn, "proj") and hasattr(mlp, "fc1") and hasattr(block, "norm2")
+    return hasattr(attn, "qkv") and hasattr(attn, "proj") and hasattr(mlp, "fc2") and hasattr(block, "norm2")
+
+
+def check(block: Any) -> None:
+    attn, mlp = block.attn, block.mlp
+    check_contents(block, {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}, "block")
+    check_contents(attn, {"qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop"}, "attention")
+    check_linear(attn.qkv, "attn.qkv")
+    check_linear(attn.proj, "attn.proj")
+    check_layer_scale(getattr(block, "ls1", None), "gamma")
+    check_layer_scale(getattr(block, "ls2", None), "gamma")
+    if hasattr(mlp, "fc1_g"):
+        check_contents(mlp, {"fc1_g", "fc1_x", "act", "drop1", "fc2", "drop2"}, "MLP")
+        check_linear(mlp.fc1_g, "mlp.fc1_g")
+        check_linear(mlp.fc1_x, "mlp.fc1_x")
+    else:
+        # The original DINOv2 code has one `drop`.
+        check_contents(mlp, {"fc1", "act", "drop", "drop1", "fc2", "drop2"}, "MLP")
+        check_linear(mlp.fc1, "mlp.fc1")
+    check_linear(mlp.fc2, "mlp.fc2")
 
 
 def read(block: nn.Module) -> BlockParts:
-    attn, mlp = block.attn, block.mlp
-    check_children(block, {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"})
-    check_children(attn, {"qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop"}, "attention")
-    check_children(mlp, {"fc1", "act", "drop1", "fc2", "drop2"}, "MLP")
-    if not isinstance(getattr(attn, "qkv", None), nn.Linear) or not isinstance(getattr(attn, "num_heads", None), int):
-        raise NotServed("attention has no packed qkv linear")
-    ls1, ls2 = getattr(block, "ls1", None), getattr(block, "ls2", None)
-    weight, bias = linear(attn.qkv, "attn.qkv")
-    drops = (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2)
-    q_norm, k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
-    drop_path1, drop_path2 = getattr(block, "drop_path1", None), getattr(block, "drop_path2", None)
-    skipped = (
-        block.norm1, attn, attn.qkv, attn.attn_drop, attn.proj, attn.proj_drop, ls1, drop_path1,
-        block.norm2, mlp, mlp.fc1, mlp.act, mlp.drop1, mlp.fc2, mlp.drop2, ls2, drop_path2,
-    )  # fmt: skip
+    attn, mlp = child(block, "attn"), child(block, "mlp")
+    qkv = child(attn, "qkv")
+    activation = child(mlp, "act")
+    if (gate := child(mlp, "fc1_g")) is not None:
+        fc1: tuple[Projection, ...] = (linear(gate), linear(child(mlp, "fc1_x")))
+    else:
+        fc1 = (linear(child(mlp, "fc1")),)
+        if (gate_last := mlp.__dict__.get("gate_last")) is not None:
+            # GluMlp halves fc1's output; SwiGLUPacked has SiLU's half first.
+            if gate_last or type(activation) is not nn.SiLU:
+                raise NotServed(f"MLP is gated by {type(activation).__name__}, gate_last={gate_last}")
+            activation = "swiglu"
+    q_norm, k_norm = child(attn, "q_norm"), child(attn, "k_norm")
+    drops = (child(attn, "attn_drop"), child(attn, "proj_drop"), *(child(mlp, n) for n in ("drop", "drop1", "drop2")))
+    scale = attn.scale
+    if attn.__dict__.get("fused_attn"):
+        scale = (tensor(qkv, "weight").shape[0] // (3 * attn.num_heads)) ** -0.5  # torch's own, whatever attn says
     return BlockParts(
-        norm1=block.norm1,
-        qkv=((weight, bias),),
+        norm1=child(block, "norm1"),
+        qkv=(linear(qkv),),
         num_heads=attn.num_heads,
-        scale=attn.scale,
-        q_norm=None if isinstance(q_norm, nn.Identity) else q_norm,
-        k_norm=None if isinstance(k_norm, nn.Identity) else k_norm,
-        proj=linear(attn.proj, "attn.proj"),
-        layer_scale1=getattr(ls1, "gamma", None),
-        drop_path1=drop_path1,
-        norm2=block.norm2,
-        fc1=(linear(mlp.fc1, "mlp.fc1"),),
-        # GluMlp chunks fc1's output; its gate comes first in SwiGLUPacked.
-        activation="swiglu" if getattr(mlp, "gate_last", None) is False and type(mlp.act) is nn.SiLU else mlp.act,
-        fc2=linear(mlp.fc2, "mlp.fc2"),
-        layer_scale2=getattr(ls2, "gamma", None),
-        drop_path2=drop_path2,
-        dropouts=tuple(d.p for d in drops if isinstance(d, nn.Dropout)),
-        bypassed=tuple(m for m in skipped if m is not None),
+        scale=scale,
+        q_norm=None if type(q_norm) is nn.Identity else q_norm,
+        k_norm=None if type(k_norm) is nn.Identity else k_norm,
+        proj=linear(child(attn, "proj")),
+        layer_scale1=layer_scale(child(block, "ls1"), "gamma"),
+        drop_path1=child(block, "drop_path1"),
+        norm2=child(block, "norm2"),
+        fc1=fc1,
+        activation=activation,
+        fc2=linear(child(mlp, "fc2")),
+        layer_scale2=layer_scale(child(block, "ls2"), "gamma"),
+        drop_path2=child(block, "drop_path2"),
+        dropouts=tuple(dropout(d) for d in drops if d is not None),
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from fastvit.adapters.parts import BlockParts, NotServed, check_children, linear
+from fastvit.adapters.parts import BlockParts, NotServed, check_contents, check_linear, child, dropout, linear, tensor
 
 LIBRARY = "torchvision"
 
@@ -13,34 +15,39 @@ def matches(block: nn.Module) -> bool:
     return isinstance(getattr(block, "self_attention", None), nn.MultiheadAttention) and hasattr(block, "ln_2")
 
 
-def read(block: nn.Module) -> BlockParts:
-    attn, mlp = block.self_attention, block.mlp
-    check_children(block, {"ln_1", "self_attention", "dropout", "ln_2", "mlp"})
+def check(block: Any) -> None:
+    attn = block.self_attention
+    check_contents(block, {"ln_1", "self_attention", "dropout", "ln_2", "mlp"}, "block")
     if type(attn) is not nn.MultiheadAttention:
         raise NotServed(f"self_attention is {type(attn).__name__}")
     if attn.in_proj_weight is None or attn.bias_k is not None or attn.add_zero_attn or not attn.batch_first:
         raise NotServed("self_attention has split projections, bias_k, add_zero_attn or batch_first=False")
-    layers = list(mlp)
-    if [type(m) for m in layers if not isinstance(m, nn.Dropout)] != [nn.Linear, nn.GELU, nn.Linear]:
+    check_linear(attn.out_proj, "out_proj")
+    kinds = [type(m) for m in block.mlp if type(m) is not nn.Dropout]
+    if kinds != [nn.Linear, nn.GELU, nn.Linear]:
         raise NotServed("MLP is not Linear, GELU, Linear")
-    fc1, act, fc2 = (m for m in layers if not isinstance(m, nn.Dropout))
-    drops = [block.dropout, *(m for m in layers if isinstance(m, nn.Dropout))]
+
+
+def read(block: nn.Module) -> BlockParts:
+    attn = child(block, "self_attention")
+    layers = list(child(block, "mlp")._modules.values())
+    fc1, act, fc2 = (m for m in layers if type(m) is not nn.Dropout)
+    drops = [child(block, "dropout"), *(m for m in layers if type(m) is nn.Dropout)]
     return BlockParts(
-        norm1=block.ln_1,
-        qkv=((attn.in_proj_weight, attn.in_proj_bias),),
+        norm1=child(block, "ln_1"),
+        qkv=((tensor(attn, "in_proj_weight"), tensor(attn, "in_proj_bias")),),
         num_heads=attn.num_heads,
         scale=attn.head_dim**-0.5,
         q_norm=None,
         k_norm=None,
-        proj=linear(attn.out_proj, "out_proj"),
+        proj=linear(child(attn, "out_proj")),
         layer_scale1=None,
         drop_path1=None,
-        norm2=block.ln_2,
-        fc1=(linear(fc1, "mlp.0"),),
+        norm2=child(block, "ln_2"),
+        fc1=(linear(fc1),),
         activation=act,
-        fc2=linear(fc2, "mlp.3"),
+        fc2=linear(fc2),
         layer_scale2=None,
         drop_path2=None,
-        dropouts=(attn.dropout, *(d.p for d in drops)),
-        bypassed=(block.ln_1, attn, attn.out_proj, block.ln_2, mlp, *layers, block.dropout),
+        dropouts=((attn.dropout, attn), *map(dropout, drops)),
     )

@@ -5,118 +5,148 @@ The versions and families differ in names alone, so each name is looked up among
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from fastvit.adapters.parts import BlockParts, NotServed, Projection, check_children, linear
+from fastvit.adapters.parts import (
+    BlockParts,
+    Dropout,
+    NotServed,
+    check_contents,
+    check_layer_scale,
+    check_linear,
+    child,
+    dropout,
+    layer_scale,
+    linear,
+)
 
 LIBRARY = "transformers"
 
+# All of them are softmax(q k^T) v; another name is somebody's own function.
+_ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
-def first(module: nn.Module, *names: str) -> Any:
-    """The first attribute that exists, or None."""
+
+def _setting(module: nn.Module, *names: str) -> Any:
+    """The first attribute that is no module and exists, or None."""
     for name in names:
-        if (value := getattr(module, name, None)) is not None:
+        if (value := module.__dict__.get(name)) is not None:
             return value
     return None
 
 
-def matches(block: nn.Module) -> bool:
-    attn = first(block, "attention", "self_attn")
-    if not isinstance(attn, nn.Module):
-        return False
-    inner = getattr(attn, "attention", attn)
+class _Layers(NamedTuple):
+    """The modules of an encoder layer under whichever names this version gives them."""
+
+    outer: Any  # version 4 nests: attention.attention.query, attention.output.dense
+    attn: Any
+    q: Any
+    k: Any
+    v: Any
+    proj: Any
+    fc1: tuple[Any, ...]
+    activation: Any
+    fc2: Any
+
+
+def _layers(block: nn.Module) -> _Layers:
+    outer = child(block, "attention", "self_attn")
+    attn = child(outer, "attention") or outer
+    q, k, v = child(attn, "q_proj", "query"), child(attn, "k_proj", "key"), child(attn, "v_proj", "value")
+    proj = child(child(outer, "output"), "dense") or child(attn, "o_proj", "out_proj")
+    fc1: tuple[Any, ...]
+    if (mlp := child(block, "mlp")) is None:
+        # ViT of version 4: intermediate.dense, intermediate.intermediate_act_fn, output.dense.
+        inner = child(block, "intermediate")
+        fc1, activation, fc2 = (
+            (child(inner, "dense"),), child(inner, "intermediate_act_fn"), child(child(block, "output"), "dense")
+        )  # fmt: skip
+    elif (packed := child(mlp, "weights_in")) is not None:
+        fc1, activation, fc2 = (packed,), "swiglu", child(mlp, "weights_out")
+    elif (gate := child(mlp, "gate_proj")) is not None:
+        fc1, activation, fc2 = (gate, child(mlp, "up_proj")), child(mlp, "act_fn"), child(mlp, "down_proj")
+    else:
+        fc1, activation, fc2 = (child(mlp, "fc1"),), child(mlp, "activation_fn", "activation"), child(mlp, "fc2")
+    return _Layers(outer, attn, q, k, v, proj, fc1, activation, fc2)
+
+
+def _norms(block: nn.Module) -> tuple[Any, Any]:
     return (
-        first(inner, "q_proj", "query") is not None
-        and first(block, "layernorm_before", "layer_norm1", "norm1") is not None
+        child(block, "layernorm_before", "layer_norm1", "norm1"),
+        child(block, "layernorm_after", "layer_norm2", "norm2"),
     )
 
 
-def read(block: nn.Module) -> BlockParts:
-    norm1 = first(block, "layernorm_before", "layer_norm1", "norm1")
-    norm2 = first(block, "layernorm_after", "layer_norm2", "norm2")
-    if norm1 is None or norm2 is None:
-        raise NotServed("no norm before attention or MLP")
-    outer = first(block, "attention", "self_attn")
-    # Version 4 nests: attention.attention.query, attention.output.dense.
-    attn = getattr(outer, "attention", outer)
-    output = getattr(outer, "output", None)
-    proj = output.dense if output is not None else first(attn, "o_proj", "out_proj")
-    q, k, v = (first(attn, a, b) for a, b in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")))
-    if any(m is None for m in (proj, q, k, v)):
-        raise NotServed("attention has no separate q, k, v and output projections")
-    check_children(attn, {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key", "value"}, "attention")
-    if getattr(attn, "is_causal", False):
-        raise NotServed("attention is causal")
+def matches(block: nn.Module) -> bool:
+    outer = child(block, "attention", "self_attn")
+    if outer is None or None in _norms(block):
+        return False
+    return child(child(outer, "attention") or outer, "q_proj", "query") is not None
 
-    fc1, activation, fc2, containers = _read_mlp(block)
-    check_children(
+
+def check(block: Any) -> None:
+    check_contents(
         block,
         {
             "attention", "self_attn", "layernorm_before", "layer_norm1", "norm1", "layernorm_after", "layer_norm2",
             "norm2", "mlp", "intermediate", "output", "dropout", "layer_scale1", "layer_scale2", "drop_path",
         },
+        "block",
     )  # fmt: skip
-    dropouts = [m for parent in (block, output, getattr(block, "output", None)) for m in _dropout_of(parent)]
-    layer_scale1, layer_scale2 = getattr(block, "layer_scale1", None), getattr(block, "layer_scale2", None)
-    drop_path = getattr(block, "drop_path", None)
-    attention_dropout = first(attn, "dropout_prob", "attention_dropout", "dropout")
-    skipped = (
-        norm1, outer, attn, q, k, v, output, proj, layer_scale1, drop_path, norm2, *containers, layer_scale2, *dropouts
-    )  # fmt: skip
-    return BlockParts(
-        norm1=norm1,
-        qkv=(linear(q, "query"), linear(k, "key"), linear(v, "value")),
-        num_heads=first(attn, "num_attention_heads", "num_heads"),
-        scale=first(attn, "scaling", "scale"),
-        q_norm=None,
-        k_norm=None,
-        proj=linear(proj, "output projection"),
-        layer_scale1=getattr(layer_scale1, "lambda1", None),
-        drop_path1=drop_path,
-        norm2=norm2,
-        fc1=fc1,
-        activation=activation,
-        fc2=fc2,
-        layer_scale2=getattr(layer_scale2, "lambda1", None),
-        drop_path2=drop_path,
-        dropouts=(float(attention_dropout or 0.0), *(d.p for d in dropouts)),
-        bypassed=tuple(m for m in skipped if m is not None),
-    )
+    layers = _layers(block)
+    if layers.outer is not layers.attn:
+        check_contents(layers.outer, {"attention", "output"}, "attention")
+        check_contents(layers.outer.output, {"dense", "dropout"}, "attention")
+    names = {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key", "value"}
+    check_contents(layers.attn, names, "attention")
+    for name, module in (("query", layers.q), ("key", layers.k), ("value", layers.v), ("output", layers.proj)):
+        check_linear(module, f"{name} projection")
+    check_layer_scale(getattr(block, "layer_scale1", None), "lambda1")
+    check_layer_scale(getattr(block, "layer_scale2", None), "lambda1")
 
-
-def _dropout_of(module: nn.Module | None) -> list[nn.Dropout]:
-    dropout = getattr(module, "dropout", None)
-    return [dropout] if isinstance(dropout, nn.Dropout) else []
-
-
-def _read_mlp(
-    block: nn.Module,
-) -> tuple[tuple[Projection, ...], nn.Module | str, Projection, tuple[nn.Module, ...]]:
-    """fc1, activation, fc2 and the modules that the fused path skips."""
     mlp = getattr(block, "mlp", None)
     if mlp is None:
-        # ViT of version 4: intermediate.dense, intermediate.intermediate_act_fn, output.dense.
-        intermediate, output = getattr(block, "intermediate", None), getattr(block, "output", None)
-        if intermediate is None or output is None:
-            raise NotServed("no MLP")
-        check_children(intermediate, {"dense", "intermediate_act_fn"}, "MLP")
-        check_children(output, {"dense", "dropout"}, "MLP")
-        act = intermediate.intermediate_act_fn
-        skipped = (intermediate, intermediate.dense, act, output, output.dense)
-        return (linear(intermediate.dense, "fc1"),), act, linear(output.dense, "fc2"), skipped
-    if (packed := getattr(mlp, "weights_in", None)) is not None:
-        check_children(mlp, {"weights_in", "weights_out"}, "MLP")
-        skipped = (mlp, packed, mlp.weights_out)
-        return (linear(packed, "weights_in"),), "swiglu", linear(mlp.weights_out, "weights_out"), skipped
-    if (gate := getattr(mlp, "gate_proj", None)) is not None:
-        check_children(mlp, {"gate_proj", "up_proj", "down_proj", "act_fn"}, "MLP")
-        skipped = (mlp, gate, mlp.up_proj, mlp.act_fn, mlp.down_proj)
-        pair = (linear(gate, "gate_proj"), linear(mlp.up_proj, "up_proj"))
-        return pair, mlp.act_fn, linear(mlp.down_proj, "down_proj"), skipped
-    check_children(mlp, {"fc1", "activation", "activation_fn", "fc2"}, "MLP")
-    act = first(mlp, "activation_fn", "activation")
-    if act is None or getattr(mlp, "fc1", None) is None:
-        raise NotServed("MLP has no fc1 and activation")
-    return (linear(mlp.fc1, "fc1"),), act, linear(mlp.fc2, "fc2"), (mlp, mlp.fc1, act, mlp.fc2)
+        check_contents(block.intermediate, {"dense", "intermediate_act_fn"}, "MLP")
+        check_contents(block.output, {"dense", "dropout"}, "MLP")
+    else:
+        names = {"weights_in", "weights_out", "gate_proj", "up_proj", "down_proj", "act_fn"}
+        check_contents(mlp, names | {"fc1", "activation", "activation_fn", "fc2"}, "MLP")
+    for module in (*layers.fc1, layers.fc2):
+        check_linear(module, "MLP projection")
+
+
+def read(block: nn.Module) -> BlockParts:
+    outer, attn, q, k, v, proj, fc1, activation, fc2 = _layers(block)
+    if _setting(attn, "is_causal"):
+        raise NotServed("attention is causal")
+    config = _setting(attn, "config")
+    implementation = getattr(config, "_attn_implementation", None)
+    if implementation is not None and implementation not in _ATTENTIONS:
+        raise NotServed(f"attention implementation is {implementation!r}")
+    if getattr(config, "output_attentions", False):
+        raise NotServed("config.output_attentions is set")
+    norm1, norm2 = _norms(block)
+    drop_path = child(block, "drop_path")
+    drops: list[Dropout] = [(_setting(attn, "dropout_prob", "attention_dropout", "dropout") or 0.0, attn)]
+    for parent in (block, child(outer, "output"), child(block, "output")):
+        if (module := child(parent, "dropout")) is not None:
+            drops.append(dropout(module))
+    return BlockParts(
+        norm1=norm1,
+        qkv=(linear(q), linear(k), linear(v)),
+        num_heads=_setting(attn, "num_attention_heads", "num_heads"),
+        scale=_setting(attn, "scaling", "scale"),
+        q_norm=None,
+        k_norm=None,
+        proj=linear(proj),
+        layer_scale1=layer_scale(child(block, "layer_scale1"), "lambda1"),
+        drop_path1=drop_path,
+        norm2=norm2,
+        fc1=tuple(map(linear, fc1)),
+        activation=activation,
+        fc2=linear(fc2),
+        layer_scale2=layer_scale(child(block, "layer_scale2"), "lambda1"),
+        drop_path2=drop_path,
+        dropouts=tuple(drops),
+    )
