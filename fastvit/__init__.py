@@ -28,12 +28,31 @@ _LAZY = {
 }
 _SUBMODULES = ("adapters", "kernels", "models", "nn", "ops", "reference")
 
-__all__ = ["UnsupportedModelError", "__version__", *_LAZY, *_SUBMODULES]
+__all__ = [
+    "Comparison",
+    "FastViT",
+    "Report",
+    "UnsupportedModelError",
+    "__version__",
+    "adapters",
+    "compare",
+    "create_model",
+    "env",
+    "kernels",
+    "list_models",
+    "models",
+    "nn",
+    "ops",
+    "optimize",
+    "reference",
+    "report",
+    "restore",
+]
 
 if TYPE_CHECKING:
     from fastvit import adapters, kernels, models, nn, ops, reference
     from fastvit._env import env
-    from fastvit.adapters import Comparison, Report, compare, optimize, report, restore
+    from fastvit.adapters import Comparison, Report, compare, optimize, report, restore  # type: ignore[no-redef]
     from fastvit.models import FastViT, create_model, list_models
 
 

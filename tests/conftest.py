@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
@@ -9,11 +10,9 @@ import torch
 
 from fastvit._compat import import_torchvision
 
-try:
+with contextlib.suppress(ImportError):
     # timm imports torchvision, whose wheels lack operators for a CPU-only torch.
     import_torchvision()
-except ImportError:
-    pass
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

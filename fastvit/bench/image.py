@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def photograph() -> Path:
     """The photograph that scikit-learn ships: a Chinese temple, 640 x 427."""
-    sklearn = import_library("sklearn")
+    sklearn: Any = import_library("sklearn")
     return Path(sklearn.__file__).parent / "datasets" / "images" / "china.jpg"
 
 

@@ -46,7 +46,7 @@ def save(rows: Sequence[BenchRow], path: Path, machine: str) -> None:
                 colors=_LIMIT,
                 linestyles=(0, (4, 2)),
                 linewidth=1.4,
-                label="this machine's measured peak" if i == 0 else None,
+                label="this machine's measured peak" if i == 0 else "",
             )
     top = max(
         max(r.limit_images_per_second or 0.0, r.fastvit_images_per_second, r.eager_images_per_second) for r in rows

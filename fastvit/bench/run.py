@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,10 @@ def bench(
 
         step(0.0)
         with torch.inference_mode():
-            # The truth is of the rounded image: its rounding is not the model's error.
             errors = [difference("", _first(m(x[:1])).cpu(), truth).relative_l2 for m in (eager, fast)]
             measured = paired(
-                lambda eager=eager, x=x: eager(x),
-                lambda fast=fast, x=x: fast(x),
+                partial(eager, x),
+                partial(fast, x),
                 dtype=dtype,
                 device=device,
                 seconds=share,

@@ -72,7 +72,9 @@ def paired(
         return peak.seconds_of(lambda: [call() for _ in range(repeat)], device) / repeat
 
     start = time.perf_counter()
-    a, b, peaks = [], [], []
+    a: list[float] = []
+    b: list[float] = []
+    peaks: list[float] = []
     while len(a) < min_rounds or (len(a) < max_rounds and time.perf_counter() - start < seconds):
         # Who goes first alternates, so that neither always follows the other's cache contents.
         if len(a) % 2 == 0:

@@ -312,8 +312,9 @@ def _fit(model: FastViT, state: State, source: str) -> None:
         problems.append("the checkpoint has no classifier: num_classes=0 leaves it out of the model")
     if problems:
         shown = problems[:_SHOWN]
-        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        raise ValueError(f"checkpoint: {source} does not fit the model:\n  " + "\n  ".join([*shown, *more]))
+        if len(problems) > _SHOWN:
+            shown.append(f"and {len(problems) - _SHOWN} more")
+        raise ValueError(f"checkpoint: {source} does not fit the model:\n  " + "\n  ".join(shown))
 
 
 def _resample_positions(model: FastViT, positions: Tensor, expected: Tensor, state: State) -> Tensor:

@@ -128,9 +128,9 @@ class FastViT(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, R + N, D): patches, class and register tokens, positions, norm_pre."""
-        tokens = [t for t in (self.cls_token, self.reg_token) if t is not None]
+        tokens: list[Tensor] = [t for t in (self.cls_token, self.reg_token) if t is not None]
         prefix = torch.cat(tokens, dim=1) if tokens else None
-        positions = self.pos_embed
+        positions: Tensor = self.pos_embed
         if prefix is not None and not self.no_embed_class:
             # Prefix tokens get their positions here, patches theirs in the operator.
             prefix = prefix + positions[:, : self.num_prefix_tokens]

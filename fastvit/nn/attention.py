@@ -73,14 +73,14 @@ class Attention(nn.Module):
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.training and self.attn_drop.p > 0.0:
-            heads = (t.transpose(1, 2) for t in (q, k, v))
-            out = F.scaled_dot_product_attention(*heads, attn_mask, self.attn_drop.p, scale=self.scale)
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask, self.attn_drop.p, scale=self.scale)
             return out.transpose(1, 2).flatten(2)
         return ops.attention(q, k, v, scale=self.scale, bias=attn_mask)
 
 
 class AttentionPool(nn.Module):
-    """Attention pooling: a learned query attends to all tokens, then an MLP (Lee et al. 2019; SigLIP, Zhai et al. 2023).
+    """Attention pooling: a learned query attends to all tokens, then an MLP (Zhai et al. 2023, SigLIP).
 
     Keys as timm's AttentionPoolLatent: `latent`, `q`, `kv`, `proj`, `norm`, `mlp`.
 
