@@ -23,9 +23,10 @@ def env() -> dict[str, Any]:
     """What fastvit finds on this machine; JSON-serialisable.
 
     Returns:
-        "versions": package to version or None.  "cpu": name, cores, torch's threads, compiled, supported and selected
-        instruction sets.  "openmp": the runtime and whether it is torch's.  "gpus": name and compute capability.
-        "backends": for each of "cpp", "triton", "cuda_cpp" and "reference": live, why, how (to get it).
+        "versions": package to version or None.  "cpu": name, cores, torch's threads, the instruction sets that were
+        compiled and are supported, the selected one and why.  "openmp": the extension's runtime and whether it is
+        torch's.  "gpus": name and compute capability.  "backends": for each of "cpp", "triton", "cuda_cpp" and
+        "reference": live, and if not why not and how to get it.
     """
     return {
         "versions": {"fastvit": fastvit.__version__, "python": platform.python_version(), **_versions()},
@@ -51,12 +52,28 @@ def _cpu() -> dict[str, Any]:
     ext = extension()
     return {
         "name": _cpu_name(),
+        "machine": platform.machine(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "isa": ext.isa() if ext else None,
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "compiled_isas": _build_record().get("isas", []) if ext else [],
         "supported_isas": ext.supported_isas() if ext else [],
-        "FASTVIT_CPU_ISA": os.environ.get("FASTVIT_CPU_ISA"),
+        "isa": ext.isa() if ext else None,
+        "isa_why": _isa_why(ext),
     }
+
+
+def _isa_why(ext: Any) -> str:
+    if ext is None:
+        return "no C++ extension"
+    wanted, supported = os.environ.get("FASTVIT_CPU_ISA"), ext.supported_isas()
+    if wanted and wanted not in supported:
+        return f"FASTVIT_CPU_ISA={wanted} is ignored: accepted here are {', '.join(supported)}"
+    if wanted == ext.isa():
+        return "FASTVIT_CPU_ISA asks for it"
+    if ext.isa() == supported[-1]:
+        return "the best that this CPU and the build support"
+    return "set_isa chose it"
 
 
 def _cpu_name() -> str:
@@ -72,9 +89,14 @@ def _openmp() -> dict[str, Any]:
     ext = extension()
     if ext is None:
         return {"path": None, "shared_with_torch": None}
-    path = ext.omp_info().get("path")
-    torch_folder = str(Path(torch.__file__).parent)
-    return {"path": path, "shared_with_torch": bool(path and str(Path(path).resolve()).startswith(torch_folder))}
+    # Whoever shares torch's runtime sees torch's thread count change.
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        shared = ext.omp_info()["max_threads"] == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+    return {"path": ext.omp_info()["path"], "shared_with_torch": shared}
 
 
 def _gpus() -> list[dict[str, str]]:
@@ -101,13 +123,15 @@ def _build_record() -> dict[str, Any]:
         return {}
 
 
+_REINSTALL = "reinstall from the source folder: pip install --force-reinstall --no-deps ."
+
+
 def _cpp() -> dict[str, Any]:
     if extension() is not None:
         return _backend(True)
-    why = _build_record().get("why_no_extension") or _import_error()
-    return _backend(
-        False, why, "install a C++17 compiler (apt install g++) and reinstall: pip install --force-reinstall ."
-    )
+    if missing := _build_record().get("missing"):
+        return _backend(False, f"it was not built: the build lacked {missing}", f"install that, then {_REINSTALL}")
+    return _backend(False, _import_error(), f"install a C++17 compiler (apt install g++), then {_REINSTALL}")
 
 
 def _import_error() -> str:
@@ -120,16 +144,14 @@ def _import_error() -> str:
 
 def _triton() -> dict[str, Any]:
     if not has_triton():
-        how = "pip install triton" if sys.platform == "linux" else "Triton runs on Linux"
+        how = 'pip install "triton>=3.6"' if sys.platform == "linux" else "use Linux: Triton has no wheels for others"
         return _backend(False, "triton is not installed", how)
-    if not torch.cuda.is_available():
-        return _backend(False, *_no_gpu())
-    return _backend(True)
+    return _backend(True) if torch.cuda.is_available() else _backend(False, *_no_gpu())
 
 
 def _no_gpu() -> tuple[str, str]:
     if torch.version.cuda is None and torch.version.hip is None:
-        return "this torch is a CPU build", "install a CUDA build of torch on a machine with an NVIDIA GPU"
+        return "this torch is a CPU build", "on a machine with an NVIDIA GPU, install a CUDA build of torch"
     return "torch sees no GPU", "run on a machine with a GPU and a driver for it"
 
 
@@ -138,8 +160,6 @@ def _cuda_cpp() -> dict[str, Any]:
     if ext is None:
         return _backend(False, "the C++ extension is missing", _cpp()["how"])
     if not ext.cuda_compiled():
-        why = _build_record().get("why_no_cuda") or "CUDA sources were not compiled"
-        return _backend(False, why, "put nvcc on PATH and reinstall with FASTVIT_CUDA=on")
-    if not torch.cuda.is_available():
-        return _backend(False, *_no_gpu())
-    return _backend(True)
+        why = _build_record().get("why_no_cuda") or "the CUDA sources were not compiled"
+        return _backend(False, why, f"put nvcc on PATH, set FASTVIT_CUDA=on and {_REINSTALL}")
+    return _backend(True) if torch.cuda.is_available() else _backend(False, *_no_gpu())
