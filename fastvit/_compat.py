@@ -28,7 +28,7 @@ def import_library(name: str) -> ModuleType:
     library = name.split(".", 1)[0]
     package = _PACKAGES.get(library, library)
     wanted = 'pip install "fastvit[bench]"' if package in _IN_BENCH_EXTRA else f"pip install {package}"
-    if library not in sys.modules and importlib.util.find_spec(library) is None:
+    if importlib.util.find_spec(library) is None:
         raise MissingLibraryError(f"{package} is not installed; get it with: {wanted}")
     try:
         if library in ("timm", "torchvision", "transformers"):

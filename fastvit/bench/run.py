@@ -67,7 +67,7 @@ def bench(
     """Measure a model on a photograph; weights are random with a fixed seed.
 
     Args:
-        seconds: measuring time over all rows, warm-up and the float64 truth not counted.
+        seconds: measuring time over all rows, warming up included and the float64 truth not.
         progress: told (what is being done, fraction done).
     """
     progress(f"building {name}", 0.0)

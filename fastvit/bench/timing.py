@@ -18,6 +18,8 @@ from fastvit.bench import peak
 
 # Shorter calls are repeated until they take this long together.
 _SAMPLE_SECONDS = 0.004
+# A first call this long needs no second one to know that; on a slow machine warming up must not eat the budget.
+_LONG_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -53,25 +55,25 @@ def paired(
     dtype: torch.dtype,
     device: str = "cpu",
     seconds: float = 10.0,
-    min_rounds: int = 3,
+    min_rounds: int = 2,
     max_rounds: int = 50,
     on_round: Callable[[float], None] | None = None,
 ) -> Paired:
     """Measure both in turn until `seconds` are spent.
 
     Args:
-        baseline, candidate: calls to time; each is run twice before to warm up.
+        baseline, candidate: calls to time; each is run once or twice before to warm up.
         dtype: whose peak rate is measured between the pairs.
         device: "cpu" or "cuda" (waits for the GPU around each call).
-        seconds: budget; at least `min_rounds` and at most `max_rounds` pairs are run.
+        seconds: budget, warming up included; at least `min_rounds` and at most `max_rounds` pairs are run.
         on_round: told the fraction done after each pair.
     """
+    start = time.perf_counter()
     repeat = max(_repeat(call, device) for call in (baseline, candidate))
 
     def sample(call: Callable[[], Any]) -> float:
         return peak.seconds_of(lambda: [call() for _ in range(repeat)], device) / repeat
 
-    start = time.perf_counter()
     a: list[float] = []
     b: list[float] = []
     peaks: list[float] = []
@@ -92,5 +94,6 @@ def paired(
 
 def _repeat(call: Callable[[], Any], device: str) -> int:
     """Warm `call` up; returns how many calls in a row are long enough to time."""
-    peak.seconds_of(call, device)
+    if peak.seconds_of(call, device) > _LONG_SECONDS:
+        return 1
     return math.ceil(_SAMPLE_SECONDS / max(peak.seconds_of(call, device), 1e-6))
