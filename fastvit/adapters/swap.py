@@ -224,7 +224,7 @@ def swap_out(module: nn.Module) -> None:
 
 def _without_fusion(cls: type) -> type:
     if "fastvit_original" in vars(cls):
-        return cls.fastvit_original  # type: ignore[no-any-return, attr-defined]
+        return cls.fastvit_original  # type: ignore[attr-defined]
     # Somebody (FSDP2, parametrize) has derived a class of their own since.
     bases = tuple(_without_fusion(base) if issubclass(base, Fused) else base for base in cls.__bases__)
     namespace = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}

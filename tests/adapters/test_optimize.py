@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import fastvit
 from fastvit.adapters.compare import tensors
@@ -47,7 +48,7 @@ def test_outputs(name, dtype):
     actual = run(model, x)
     report = fastvit.report(model)
     assert len(report.replaced) == 3, report  # two blocks and the patch convolution
-    assert all(r.status == "fused" for r in report.rows), report
+    assert all(r.status == "fused" for r in report.replaced), report
     assert actual.keys() == truth.keys()
     for key, reference in truth.items():
         assert actual[key].dtype == eager[key].dtype
@@ -284,8 +285,9 @@ def test_a_hook_that_changes_the_result_is_honoured(vit):
     model, x = vit
     fastvit.optimize(model)
     model.blocks[0].mlp.register_forward_hook(lambda m, args, out: out * 0.0)
-    assert equal(run(model, x), {"output": run(fastvit.restore(model), x)["output"]}) or fell_back(model, "hook")
-    assert relative_l2(run(fastvit.optimize(model), x)["output"], run(fastvit.restore(model), x)["output"]) < 1e-5
+    actual = run(model, x)["output"]
+    assert fell_back(model, "hook")
+    assert relative_l2(actual, run(fastvit.restore(model), x)["output"]) < 1e-5
 
 
 @pytest.mark.parametrize("options", [{"proj_drop_rate": 0.5}, {"attn_drop_rate": 0.5}])
@@ -352,7 +354,7 @@ def test_causal_text_tower_is_right():
     [
         lambda linear: nn.utils.parametrizations.weight_norm(linear),
         lambda linear: nn.utils.parametrizations.spectral_norm(linear),
-        lambda linear: torch.nn.utils.prune.l1_unstructured(linear, "weight", 0.5),
+        lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
     ],
 )
 def test_wrapped_linears_run_the_original(vit, wrap):
@@ -361,11 +363,14 @@ def test_wrapped_linears_run_the_original(vit, wrap):
     block = model.blocks[0]
     block.mlp.fc1 = wrap(block.mlp.fc1)
     actual = run(model, x)["output"]
-    assert relative_l2(actual, run(fastvit.restore(model), x)["output"]) < 1e-6
+    assert fell_back(model, "")
+    assert relative_l2(actual, run(fastvit.restore(model), x)["output"]) < 1e-5
 
 
 def test_torch_func_transforms(vit):
     model, x = vit
+    for block in model.blocks:
+        block.attn.fused_attn = False  # torch's own fused attention has no forward-mode derivative
     fastvit.optimize(model)
     expected = model(x).detach()
     actual = torch.func.vmap(lambda image: model(image[None])[0])(x)
@@ -485,7 +490,7 @@ def test_meta_models():
     with torch.device("meta"):
         model = zoo.timm()()
     fastvit.optimize(model, strict=True)
-    assert model(torch.randn(1, 3, 32, 32, device="meta")).shape == (1, 7)
+    assert model(torch.randn(1, 3, 32, 32, device="meta")).shape == (1, 64)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -494,7 +499,7 @@ def test_compile_without_graph_breaks(name):
     x = zoo.image(model)
     expected = run(model, x)
     fastvit.optimize(model)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=name != "hf clip")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     actual = run(compiled, x)
     for key in expected:
         assert relative_l2(actual[key], expected[key]) < 1e-5

@@ -32,7 +32,7 @@ def test_after_optimize(vit):
     assert "norm_linear, attention, linear_residual" in table
     assert "3 replaced, 0 left" in table
     lines = table.splitlines()
-    assert lines[0].index("what runs") == lines[2].index(report.rows[0].detail)
+    assert lines[0].index("what runs") == lines[2].rindex(report.rows[0].detail)
     assert json.loads(json.dumps(report.to_dict()))["rows"][0]["status"] == "fused"
 
 
@@ -43,7 +43,7 @@ def test_compare(vit):
     comparison = fastvit.compare(model, x)
     assert [type(m) for m in model.modules()] == classes
     (row,) = comparison.outputs
-    assert row.shape == (2, 7)
+    assert row.shape == (2, 64)
     assert 0.0 < row.relative_l2 < 1e-5
     assert row.cosine > 0.999999
     assert comparison.max_relative_l2 == row.relative_l2

@@ -19,7 +19,7 @@ HF = {
     "image_size": 32,
     "patch_size": 8,
 }
-TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 7}
+TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 64}
 
 
 def timm(**options: Any) -> Callable[[], nn.Module]:
@@ -39,7 +39,7 @@ def hf(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
 
 
 def torchvision() -> nn.Module:
-    return import_library("torchvision").models.VisionTransformer(32, 8, 2, 2, 64, 136, num_classes=7)
+    return import_library("torchvision").models.VisionTransformer(32, 8, 2, 2, 64, 136, num_classes=64)
 
 
 def swiglu() -> dict[str, Any]:
@@ -53,24 +53,31 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm vit registers": timm(init_values=0.1, reg_tokens=4),
     "timm vit qk norm": timm(qk_norm=True, qkv_bias=False),
     "timm vit swiglu": lambda: timm(**swiglu())(),
+    "timm vit unpacked swiglu": lambda: timm(**{**swiglu(), "mlp_layer": import_library("timm.layers").SwiGLU})(),
     "timm clip": timm(pre_norm=True, act_layer="quick_gelu"),
     "timm siglip": timm(class_token=False, global_pool="map", act_layer="gelu_tanh"),
     "timm head dim 72": timm(embed_dim=144, mlp_ratio=3.7362),
     "timm dynamic size": timm(dynamic_img_size=True),
     "timm 12 channels": timm(in_chans=12),
     "timm deit distilled": timm_named("deit_tiny_distilled_patch16_224", img_size=32),
-    "timm deit3": timm_named("deit3_small_patch16_224", img_size=32),
-    "timm dinov2": timm_named("vit_small_patch14_dinov2", img_size=28),
+    "timm deit3": timm_named("deit3_small_patch16_224", img_size=32, embed_dim=96, num_heads=3),
+    "timm dinov2": timm_named("vit_small_patch14_reg4_dinov2", img_size=28, embed_dim=96, num_heads=3),
     "hf vit": hf("ViTModel", "ViTConfig"),
-    "hf vit classifier": hf("ViTForImageClassification", "ViTConfig"),
+    "hf vit classifier": hf("ViTForImageClassification", "ViTConfig", num_labels=64),
     "hf vit no qkv bias": hf("ViTModel", "ViTConfig", qkv_bias=False),
+    "hf vit tanh gelu eager": hf("ViTModel", "ViTConfig", hidden_act="gelu_new", attn_implementation="eager"),
     "hf deit": hf("DeiTModel", "DeiTConfig"),
+    "hf deit teacher": hf("DeiTForImageClassificationWithTeacher", "DeiTConfig", num_labels=64),
     "hf clip": hf("CLIPVisionModel", "CLIPVisionConfig"),
     "hf clip gelu": hf("CLIPVisionModel", "CLIPVisionConfig", hidden_act="gelu"),
     "hf siglip": hf("SiglipVisionModel", "SiglipVisionConfig"),
+    "hf siglip head dim 72": hf("SiglipVisionModel", "SiglipVisionConfig", hidden_size=144, intermediate_size=538),
     "hf dinov2": hf("Dinov2Model", "Dinov2Config"),
     "hf dinov2 swiglu": hf("Dinov2Model", "Dinov2Config", use_swiglu_ffn=True),
     "hf dinov2 registers": hf("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig"),
+    "hf dinov2 registers classifier": hf(
+        "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", use_swiglu_ffn=True, num_labels=64
+    ),
     "torchvision vit": torchvision,
 }
 
