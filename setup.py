@@ -82,7 +82,9 @@ def why_no_extension() -> str | None:
     """What is missing to build the extension, or None."""
     cxx = compiler()
     if cxx is None:
-        wanted = f"CXX={os.environ['CXX']} was not found" if os.environ.get("CXX") else "Debian, Ubuntu: apt install g++"
+        wanted = (
+            f"CXX={os.environ['CXX']} was not found" if os.environ.get("CXX") else "Debian, Ubuntu: apt install g++"
+        )
         return f"a C++17 compiler ({wanted})"
     if not compiles([*cxx, "-std=c++17"], "#include <cstdint>\nint main() {}"):
         return f"a working C++17 compiler ({shlex.join(cxx)} can't compile an empty program)"
@@ -108,9 +110,13 @@ def cuda_archs(known: list[str] | None = None) -> list[str]:
     for arch in archs:
         if not arch.rstrip("af").isdigit() or (known is not None and arch.rstrip("af") not in known):
             accepted = f"a list such as 80;90;100, of {' '.join(known)}" if known else "a list such as 80;90;100"
-            raise BuildError(f"FASTVIT_CUDA_ARCHS: {arch!r} is not a compute capability known here; accepted: {accepted}")
+            raise BuildError(
+                f"FASTVIT_CUDA_ARCHS: {arch!r} is not a compute capability known here; accepted: {accepted}"
+            )
     if not archs:
-        raise BuildError(f"FASTVIT_CUDA_ARCHS: {value!r} names no compute capability; accepted: a list such as 80;90;100")
+        raise BuildError(
+            f"FASTVIT_CUDA_ARCHS: {value!r} names no compute capability; accepted: a list such as 80;90;100"
+        )
     return archs
 
 
@@ -167,7 +173,9 @@ class NinjaBuild(build_ext):
             import ninja
             import pybind11
         except ImportError as error:
-            sys.exit(f"fastvit: {error.name} is missing; without build isolation: pip install setuptools pybind11 ninja")
+            sys.exit(
+                f"fastvit: {error.name} is missing; without build isolation: pip install setuptools pybind11 ninja"
+            )
 
         # Not build_temp, which is new for each editable build: objects are kept from one build to the next.
         folder = ROOT / "build" / f"ninja-{sysconfig.get_config_var('EXT_SUFFIX').strip('.')}"
@@ -208,7 +216,9 @@ class Plan:
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         self.isas = [isa for isa, extra in ISA_FLAGS.items() if isa == "scalar" or (x86 and compiles([*cxx, *extra]))]
         if x86 and len(self.isas) < len(ISA_FLAGS):
-            say(f"the compiler lacks {', '.join(i for i in ISA_FLAGS if i not in self.isas)}: these levels are left out")
+            say(
+                f"the compiler lacks {', '.join(i for i in ISA_FLAGS if i not in self.isas)}: these levels are left out"
+            )
         self.flags += [f"-DFASTVIT_HAVE_{isa.upper()}=1" for isa in self.isas]
 
         self.nvcc, why_no_cuda = find_nvcc()
