@@ -1,4 +1,7 @@
-"""The operators in plain torch: slow, obvious, differentiable, in any float dtype.  The only ground truth."""
+"""The operators in plain torch: slow, obvious, differentiable, in any float dtype.  The only ground truth.
+
+In float16 and bfloat16 they round where eager PyTorch rounds.  Mixed float dtypes compute in the wider one.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,11 @@ from torch import Tensor
 
 def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else t.to(dtype)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    return F.linear(x.to(dtype), weight.to(dtype), _cast(bias, dtype))
 
 
 def _normalize(x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -51,21 +59,24 @@ def norm_linear(
     activation: str = "none",
 ) -> Tensor:
     """activation(norm(x) @ weight.T + bias); arguments as in `fastvit.ops.norm_linear`."""
-    return _activate(F.linear(_normalize(x, norm, norm_weight, norm_bias, eps), weight, bias), activation)
+    x = x.to(torch.promote_types(x.dtype, weight.dtype))
+    return _activate(_linear(_normalize(x, norm, norm_weight, norm_bias, eps), weight, bias), activation)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
     """softmax(scale * q @ k.T + bias) @ v per head; arguments as in `fastvit.ops.attention`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    logits = (q @ k.transpose(-2, -1)) * scale
+    # Scaled before the product, which may be beyond float16's range.
+    logits = (q * scale) @ k.transpose(-2, -1)
     if bias is not None:
         logits = logits + bias
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    highest = wide.amax(-1, keepdim=True)
+    highest = wide.detach().amax(-1, keepdim=True)
     weights = (wide - torch.where(highest.isinf(), 0.0, highest)).exp()
+    total = weights.sum(-1, keepdim=True)
     # A row whose keys are all masked sums to zero: its output is zero, not 0 / 0.
-    weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    weights = weights / torch.where(total == 0, 1.0, total)
     return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
@@ -87,7 +98,7 @@ def linear_residual(
     drop_path: Tensor | None = None,
 ) -> Tensor:
     """residual + drop_path * layer_scale * (x @ weight.T + bias); arguments as in `fastvit.ops.linear_residual`."""
-    branch = F.linear(x, weight, bias)
+    branch = _linear(x, weight, bias)
     if layer_scale is not None:
         branch = branch * layer_scale
     if drop_path is not None:
@@ -106,17 +117,21 @@ def patch_embed(
     std: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
     """Cut into patches, flatten, project, add positions, prepend; arguments as in `fastvit.ops.patch_embed`."""
-    if not image.is_floating_point():
-        image = image.to(weight.dtype) / 255
+    from_integers = not image.is_floating_point()
+    if from_integers:
+        # Normalised in float32, as images are before a model in low precision sees them.
+        image = image.to(torch.promote_types(weight.dtype, torch.float32)) / 255
     for values, apply in ((mean, torch.sub), (std, torch.div)):
         if values is not None:
             image = apply(image, torch.as_tensor(values, dtype=image.dtype, device=image.device).view(-1, 1, 1))
+    if from_integers:
+        image = image.to(weight.dtype)
     patches = image.unfold(2, weight.shape[2], weight.shape[2]).unfold(3, weight.shape[3], weight.shape[3])
     # (B, C, rows, columns, P1, P2) -> (B, N, C * P1 * P2), the order of a convolution's weight.
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-    x = F.linear(patches, weight.flatten(1), bias)
+    x = _linear(patches, weight.flatten(1), bias)
     if pos_embed is not None:
-        x = x + pos_embed
+        x = (x + pos_embed).to(x.dtype)
     if prefix is not None:
         x = torch.cat([prefix.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
     return x
@@ -135,9 +150,11 @@ def pool(
     bias: Tensor | None = None,
 ) -> Tensor:
     """Final norm, token or mean pooling and head; arguments as in `fastvit.ops.pool`."""
+    if weight is not None:
+        x = x.to(torch.promote_types(x.dtype, weight.dtype))
     if mode == "norm_avg":
         x = _normalize(x, norm, norm_weight, norm_bias, eps)[:, num_prefix_tokens:].mean(1)
     else:
         x = x[:, 0] if mode == "token" else x[:, num_prefix_tokens:].mean(1)
         x = _normalize(x, norm, norm_weight, norm_bias, eps)
-    return x if weight is None else F.linear(x, weight, bias)
+    return x if weight is None else _linear(x, weight, bias)

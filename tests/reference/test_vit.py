@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -30,6 +32,58 @@ def test_equals_timm(img_size, patch_size, in_chans):
     with torch.no_grad():
         assert relative_l2(ours(x), theirs(x)) < 1e-6
         assert relative_l2(ours.forward_features(x), theirs.forward_features(x)) < 1e-6
+
+
+VARIATIONS = [
+    {"global_pool": "avg"},
+    {"global_pool": "map", "class_token": False},
+    {"global_pool": "", "num_classes": 0},
+    {"class_token": False, "global_pool": "avg", "reg_tokens": 2},
+    {"reg_tokens": 4, "no_embed_class": True, "init_values": 0.1},
+    {"reg_tokens": 3, "img_size": (32, 48)},
+    {"pre_norm": True, "qkv_bias": False},
+    {"drop_path_rate": 0.3},
+]
+
+
+@pytest.mark.parametrize("options", VARIATIONS, ids=str)
+def test_variations_equal_timm(options):
+    options = {**TINY, "img_size": 32, "patch_size": 8, **options}
+    theirs = nasty.randomize(timm.models.VisionTransformer(**options)).double().eval()
+    ours = VisionTransformer(**options).double().eval()
+    ours.load_state_dict(theirs.state_dict())
+    size = options["img_size"]
+    x = images(*((size, size) if isinstance(size, int) else size))
+    with torch.no_grad():
+        assert relative_l2(ours(x), theirs(x)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("act_layer", "module"),
+    [("gelu_tanh", partial(torch.nn.GELU, approximate="tanh")), ("quick_gelu", timm.layers.QuickGELU)],
+)
+def test_activations_and_epsilon_equal_timm(act_layer, module):
+    options = {**TINY, "img_size": 32, "patch_size": 8, "global_pool": "map", "class_token": False}
+    norm = partial(torch.nn.LayerNorm, eps=1e-2)
+    theirs = timm.models.VisionTransformer(**options, act_layer=module, norm_layer=norm)
+    theirs = nasty.randomize(theirs).double().eval()
+    ours = VisionTransformer(**options, act_layer=act_layer, norm_eps=1e-2).double().eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = images(32, 32)
+    with torch.no_grad():
+        assert relative_l2(ours(x), theirs(x)) < 1e-6
+
+
+def test_drop_path_drops_whole_branches_in_training_only():
+    block = VisionTransformer(32, 8, **TINY, drop_path_rate=0.5).blocks[-1]
+    kept = []
+    x = torch.randn(200, 3, 64)
+    branch = block.drop_path1.train()(x)
+    for before, after in zip(x, branch, strict=True):
+        kept.append(bool(after.any()))
+        assert torch.allclose(after, 2 * before if kept[-1] else torch.zeros_like(before))
+    assert 50 < sum(kept) < 150
+    assert torch.equal(block.drop_path1.eval()(x), x)
 
 
 @pytest.mark.parametrize("size", [(48, 48), (32, 64), (16, 24)])
@@ -68,13 +122,21 @@ def test_interpolation_keeps_a_constant():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"img_size": 33, "patch_size": 8}, "img_size"), ({"num_heads": 5}, "num_heads: 5")]
+    ("options", "message"),
+    [
+        ({"img_size": 33, "patch_size": 8}, "img_size"),
+        ({"num_heads": 5}, "num_heads: 5"),
+        ({"global_pool": "max"}, "global_pool: 'max'"),
+        ({"class_token": False}, "class token"),
+        ({"act_layer": "tanh"}, "act_layer: 'tanh'"),
+    ],
 )
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         VisionTransformer(**{**TINY, **options})
 
 
-def test_bad_image():
+@pytest.mark.parametrize("shape", [(1, 3, 33, 32), (1, 3, 0, 32), (3, 32, 32)])
+def test_bad_image(shape):
     with pytest.raises(ValueError, match="image: shape"):
-        VisionTransformer(**TINY, img_size=32, patch_size=8)(torch.zeros(1, 3, 33, 32))
+        VisionTransformer(**TINY, img_size=32, patch_size=8)(torch.zeros(shape))
