@@ -161,12 +161,10 @@ class NinjaBuild(build_ext):
             self.plan = Plan()
             super().run()
             outcome = {"extension": True, **self.plan.outcome}
-        folders = {Path(self.get_ext_fullpath("fastvit._C")).parent}
-        if self.editable_mode or self.inplace:
-            folders = {ROOT / "fastvit"}
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-            Path(folder, "_build.json").write_text(json.dumps(outcome, indent=2) + "\n")
+        in_tree = self.editable_mode or self.inplace
+        folder = ROOT / "fastvit" if in_tree else Path(self.get_ext_fullpath("fastvit._C")).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        Path(folder, "_build.json").write_text(json.dumps(outcome, indent=2) + "\n")
 
     def build_extension(self, ext: Extension) -> None:
         try:
