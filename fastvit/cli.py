@@ -371,14 +371,17 @@ def _print_json(value: Any) -> None:
 
 
 def _table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    rich_table: Any = import_library("rich.table").Table(title=title, title_justify="left", title_style="bold")
+    rich_table: Any = import_library("rich.table").Table()
     for i, name in enumerate(header):
         rich_table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         rich_table.add_row(*row)
     # Without a terminal rich falls back to 80 columns and would cut cells.
     width = None if sys.stdout.isatty() else 160
-    import_library("rich.console").Console(width=width).print(rich_table)
+    console: Any = import_library("rich.console").Console(width=width)
+    # Above the table: as its title it would be wrapped to the table's width.
+    console.print(title, style="bold", highlight=False, markup=False)
+    console.print(rich_table)
 
 
 @contextlib.contextmanager

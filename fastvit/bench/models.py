@@ -137,6 +137,8 @@ def _transformers(name: str, image_size: int | None) -> tuple[nn.Module, Size]:
         if name not in known:
             raise UsageError(f"transformers has no class {name!r}{_close(name, known)}")
         cls = getattr(transformers, name)
+        if not name.endswith("Config") and getattr(cls, "config_class", None) is None:
+            raise UsageError(f"{name} is no single model; give a class such as ViTModel")
         model_class = None if name.endswith("Config") else cls
         config = cls() if model_class is None else cls.config_class()
     config = getattr(config, "vision_config", config) if model_class is None else config

@@ -1,0 +1,143 @@
+"""One thing to measure, and how: eager PyTorch and fastvit in interleaved pairs, beside the machine's limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvit.bench import DTYPES, passes, peak
+from fastvit.bench.timing import paired
+
+_SHORT = {getattr(torch, long): short for short, long in DTYPES.items()}
+BATCHES = (1, 8)
+
+
+@dataclass(frozen=True)
+class Width:
+    """The shape of a ViT."""
+
+    name: str
+    dim: int
+    num_heads: int
+    tokens: int
+    patch_size: int = 16
+    image_size: int = 224
+    num_classes: int = 1000
+
+
+VIT_B = Width("ViT-B/16", dim=768, num_heads=12, tokens=197)
+
+
+@dataclass(frozen=True)
+class Case:
+    """`eager(*tensors)` and `fused(*tensors)` compute the same; so does `eager` on float64 copies, the truth."""
+
+    operator: str
+    name: str
+    eager: Callable[..., Tensor]
+    fused: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+    flops: int
+    # What must cross the memory bus at least once: inputs, weights, output.
+    bytes: int
+    truth: Callable[[], Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def dtype(self) -> str:
+        return _SHORT[self.tensors[0].dtype]
+
+    @property
+    def device(self) -> str:
+        return self.tensors[0].device.type
+
+    def expected(self) -> Tensor:
+        """The result in float64."""
+        return self.truth() if self.truth else self.eager(*(t.double() for t in self.tensors))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured case.
+
+    fraction_of_limit: the least time that the arithmetic (at the measured peak) or the traffic (at the measured copy
+    bandwidth) needs, whichever is longer, by fastvit's time.  Traffic that a cache holds can beat the bus.
+    """
+
+    operator: str
+    name: str
+    dtype: str
+    pairs: int
+    eager_milliseconds: float
+    fastvit_milliseconds: float
+    speedup: float
+    limit: str
+    fraction_of_limit: float | None
+    eager_error: float
+    fastvit_error: float
+
+    @property
+    def passed(self) -> bool:
+        return passes(self.dtype, self.fastvit_error, self.eager_error)
+
+
+def tensor(*shape: int, dtype: torch.dtype, device: str, seed: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
+    """Normal values that do not depend on the device."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale + mean).to(device, dtype)
+
+
+def nbytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@torch.inference_mode()
+def measure(case: Case, seconds: float = 1.0) -> Row:
+    truth = case.expected()
+    scale = truth.norm()
+    errors = [((call(*case.tensors).double() - truth).norm() / scale).item() for call in (case.eager, case.fused)]
+    result = paired(
+        partial(case.eager, *case.tensors),
+        partial(case.fused, *case.tensors),
+        dtype=case.tensors[0].dtype,
+        device=case.device,
+        seconds=seconds,
+    )
+    limits: dict[str, float] = {}
+    if result.peak:
+        limits["arithmetic"] = case.flops / result.peak
+    if (bandwidth := peak.bandwidth(case.device)) is not None:
+        limits["memory"] = case.bytes / bandwidth
+    limit = max(limits, key=lambda name: limits[name], default="unknown")
+    return Row(
+        operator=case.operator,
+        name=case.name,
+        dtype=case.dtype,
+        pairs=result.rounds,
+        eager_milliseconds=result.baseline_seconds * 1e3,
+        fastvit_milliseconds=result.candidate_seconds * 1e3,
+        speedup=result.speedup,
+        limit=limit,
+        fraction_of_limit=limits[limit] / result.candidate_seconds if limits else None,
+        eager_error=errors[0],
+        fastvit_error=errors[1],
+    )
+
+
+def run_in_pytest(benchmark: Any, case: Case) -> None:
+    """pytest-benchmark shows fastvit's times; the paired figures are in its extra_info."""
+    row = measure(case)
+    benchmark.extra_info.update(
+        speedup=row.speedup,
+        limit=row.limit,
+        fraction_of_limit=row.fraction_of_limit,
+        eager_error=row.eager_error,
+        fastvit_error=row.fastvit_error,
+    )
+    with torch.inference_mode():
+        benchmark.pedantic(case.fused, args=case.tensors, rounds=row.pairs)
+    assert row.passed, f"error {row.fastvit_error:.2e}, eager's {row.eager_error:.2e}"
