@@ -108,11 +108,10 @@ _ATTENTION, _MLP, _NORM = (
 def _judge_looks(module: nn.Module) -> Verdict | None:
     """Has it children that attend, children that mix channels, and a norm somewhere?  Containers of blocks have not."""
     names = [name for name, _ in module.named_children()]
-    attends = any(_ATTENTION.search(name) for name in names)
-    if any(p.ndim == 3 for p in module.parameters(recurse=False)) and (attends or "kv" in names):
+    if {"attention", "attn", "kv"} & set(names) and any(p.ndim == 3 for p in module.parameters(recurse=False)):
         # It brings its own query.
         return Verdict(reason="attention pooling runs as it was", strict=False)
-    if not attends or not any(_MLP.search(name) for name in names):
+    if not all(any(pattern.search(name) for name in names) for pattern in (_ATTENTION, _MLP)):
         return None
     if not any(_NORM.search(path.rpartition(".")[2]) for path, _ in module.named_modules()):
         return None

@@ -96,11 +96,11 @@ class FusedBlock(Fused):
 
     def _structure_obstacle(self, inner: list[nn.Module]) -> str | None:
         types = self.fastvit_types
-        if len(inner) != len(types):
-            return "modules were added or removed"
-        for module, kind in zip(inner, types, strict=True):
+        for module, kind in zip(inner, types, strict=False):
             if type(module) is not kind:
                 return f"{kind.__name__} was replaced by {type(module).__name__}"
+        if len(inner) != len(types):
+            return "modules were added or removed"
         if not torch.compiler.is_compiling():
             for kind, forward in zip((self.fastvit_original, *types), self.fastvit_forwards, strict=True):
                 if kind.forward is not forward:
