@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 a check failed, 2 the request can't be served."""
     try:
         arguments = _parser().parse_args(argv)
-        return arguments.run(arguments)
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
     except (UsageError, MissingLibraryError) as error:
         print(f"fastvit: {error}", file=sys.stderr)
         return 2
@@ -238,12 +240,12 @@ def _bench(arguments: argparse.Namespace) -> int:
         [
             "dtype",
             "batch",
-            "eager img/s",
-            "fastvit img/s",
+            "eager\nimg/s",
+            "fastvit\nimg/s",
             "speed-up",
-            "of peak",
-            "error eager",
-            "error fastvit",
+            "of\npeak",
+            "error\neager",
+            "error\nfastvit",
             "pairs",
         ],
         [
@@ -290,13 +292,13 @@ def _check(arguments: argparse.Namespace) -> int:
     print(result.report)
     _table(
         f"{arguments.model}: relative L2 against float64 on the same rounded weights and images",
-        ["dtype", "output", "eager", "fastvit", "ratio", "max abs", "cosine", ""],
+        ["dtype", "output", "eager", "fastvit", "ratio", "max\nabs", "cosine", ""],
         [
             [
                 r.dtype,
                 r.output,
-                f"{r.eager_error:.2e}",
-                f"{r.fastvit_error:.2e}",
+                f"{r.eager_error:.1e}",
+                f"{r.fastvit_error:.1e}",
                 f"{r.ratio:.2f}",
                 f"{r.max_abs:.1e}",
                 f"{r.cosine:.8f}",
@@ -331,7 +333,17 @@ def _attention(arguments: argparse.Namespace) -> int:
         return 0
     _table(
         f"packed qkv to output, batch {arguments.batch}, {arguments.heads} heads, on {_machine_name(device)}",
-        ["dtype", "tokens", "head dim", "SDPA ms", "fastvit ms", "speed-up", "of peak", "error SDPA", "error fastvit"],
+        [
+            "dtype",
+            "tokens",
+            "head\ndim",
+            "SDPA\nms",
+            "fastvit\nms",
+            "speed-up",
+            "of\npeak",
+            "error\nSDPA",
+            "error\nfastvit",
+        ],
         [
             [
                 r.dtype,
@@ -371,7 +383,10 @@ def _print_json(value: Any) -> None:
 
 
 def _table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    rich_table: Any = import_library("rich.table").Table()
+    # Without vertical lines it fits a terminal of 80 columns.
+    rich_table: Any = import_library("rich.table").Table(
+        box=import_library("rich.box").SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     for i, name in enumerate(header):
         rich_table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:

@@ -183,3 +183,27 @@ def test_a_missing_library_is_named(capsys, monkeypatch):
 def test_as_a_module():
     done = subprocess.run([sys.executable, "-m", "fastvit", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("fastvit ")
+
+
+def test_ctrl_c_is_quiet(capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastvit.cli._env", interrupted)
+    assert run(capsys, "env") == (130, "", "fastvit: stopped\n")
+
+
+def test_a_reader_may_leave():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastvit", "env", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout
+    process.stdout.close()
+    assert process.stderr
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+
+
+def test_help_does_not_import_torch():
+    code = "import sys, fastvit.cli as c\ntry: c.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
