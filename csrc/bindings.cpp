@@ -71,6 +71,44 @@ void linear_residual(const View& out, const View& x, const View& weight, const V
                                   rows_per_sample, static_cast<Compute>(compute), num_threads});
 }
 
+void self_attention(const View& out, const View& x, const View& q_weight, const View* q_bias,
+                    const View* k_weight, const View* k_bias, const View* v_weight,
+                    const View* v_bias, const View& proj_weight, const View* proj_bias,
+                    const View* norm_weight, const View* norm_bias, int norm, float eps,
+                    const View* attn_bias, float scale, const View* layer_scale,
+                    const View* row_scale, int64_t samples, int64_t num_heads, int compute,
+                    int num_threads) {
+  cpu::self_attention({out,
+                       x,
+                       {&q_weight, k_weight, v_weight},
+                       {q_bias, k_bias, v_bias},
+                       k_weight ? 3 : 1,
+                       proj_weight,
+                       proj_bias,
+                       norm_weight,
+                       norm_bias,
+                       static_cast<Norm>(norm),
+                       eps,
+                       attn_bias,
+                       scale,
+                       layer_scale,
+                       row_scale,
+                       samples,
+                       num_heads,
+                       static_cast<Compute>(compute),
+                       num_threads});
+}
+
+void mlp(const View& out, const View& x, const View& weight1, const View* bias1,
+         const View& weight2, const View* bias2, const View* norm_weight, const View* norm_bias,
+         int norm, float eps, int activation, const View* layer_scale, const View* row_scale,
+         int64_t rows_per_sample, int compute, int num_threads) {
+  cpu::kernels().mlp({out, x, weight1, weight2, bias1, bias2, norm_weight, norm_bias,
+                      static_cast<Norm>(norm), eps, static_cast<Activation>(activation),
+                      layer_scale, row_scale, rows_per_sample, static_cast<Compute>(compute),
+                      num_threads});
+}
+
 void pool(const View& out, const View& x, int mode, int64_t num_prefix_tokens, int norm,
           const View* norm_weight, const View* norm_bias, float eps, const View* weight,
           const View* bias, int compute, int num_threads) {
@@ -150,6 +188,17 @@ PYBIND11_MODULE(_C, m) {
         py::arg("num_threads"));
   m.def("linear_residual", &linear_residual, Release(), py::arg("out"), py::arg("x"),
         py::arg("weight"), py::arg("bias"), py::arg("residual"), py::arg("layer_scale"),
+        py::arg("row_scale"), py::arg("rows_per_sample"), py::arg("compute"),
+        py::arg("num_threads"));
+  m.def("self_attention", &self_attention, Release(), py::arg("out"), py::arg("x"),
+        py::arg("q_weight"), py::arg("q_bias"), py::arg("k_weight"), py::arg("k_bias"),
+        py::arg("v_weight"), py::arg("v_bias"), py::arg("proj_weight"), py::arg("proj_bias"),
+        py::arg("norm_weight"), py::arg("norm_bias"), py::arg("norm"), py::arg("eps"),
+        py::arg("attn_bias"), py::arg("scale"), py::arg("layer_scale"), py::arg("row_scale"),
+        py::arg("samples"), py::arg("num_heads"), py::arg("compute"), py::arg("num_threads"));
+  m.def("mlp", &mlp, Release(), py::arg("out"), py::arg("x"), py::arg("weight1"), py::arg("bias1"),
+        py::arg("weight2"), py::arg("bias2"), py::arg("norm_weight"), py::arg("norm_bias"),
+        py::arg("norm"), py::arg("eps"), py::arg("activation"), py::arg("layer_scale"),
         py::arg("row_scale"), py::arg("rows_per_sample"), py::arg("compute"),
         py::arg("num_threads"));
   m.def("pool", &pool, Release(), py::arg("out"), py::arg("x"), py::arg("mode"),

@@ -17,15 +17,17 @@
 
 namespace fastvit::cpu {
 
-#define FASTVIT_BUILD(isa)                                                                      \
-  namespace isa {                                                                               \
-  void patch_embed(const PatchEmbedArgs&);                                                      \
-  void norm_linear(const NormLinearArgs&);                                                      \
-  void attention(const AttentionArgs&);                                                         \
-  void linear_residual(const LinearResidualArgs&);                                              \
-  void pool(const PoolArgs&);                                                                   \
-  double peak(Compute, int num_threads, double seconds);                                        \
-  constexpr Kernels kKernels{patch_embed, norm_linear, attention, linear_residual, pool, peak}; \
+#define FASTVIT_BUILD(isa)                                                    \
+  namespace isa {                                                             \
+  void patch_embed(const PatchEmbedArgs&);                                    \
+  void norm_linear(const NormLinearArgs&);                                    \
+  void attention(const AttentionArgs&);                                       \
+  void linear_residual(const LinearResidualArgs&);                            \
+  void mlp(const MlpArgs&);                                                   \
+  void pool(const PoolArgs&);                                                 \
+  double peak(Compute, int num_threads, double seconds);                      \
+  constexpr Kernels kKernels{                                                 \
+      patch_embed, norm_linear, attention, linear_residual, mlp, pool, peak}; \
   }
 
 FASTVIT_BUILD(scalar)

@@ -2,42 +2,14 @@
 //
 // linear_residual: out = residual + row_scale[sample] * layer_scale * (x @ weight^T + bias)
 //
-// Everything after the product is the epilogue. It reads a residual element before it writes the
-// output element of the same place, so out may be residual.
+// Everything after the product is the epilogue.
 
+#include "epilogues.h"
 #include "norm.h"
 #include "product.h"
 
 namespace fastvit::cpu::FASTVIT_ISA {
 namespace {
-
-struct AddResidual {
-  Rows out, residual;
-  const float* bias;
-  const float* layer_scale;
-  const float* row_scale;  // per sample, or null
-  int64_t rows_per_sample;
-
-  void prefetch(int64_t row, int64_t col, TileRows (&tiles)[2]) const {
-    tiles[0] = residual.tile(row * residual.ld + col, kPanel);
-    tiles[1] = out.tile(row * out.ld + col, kPanel);
-  }
-
-  void operator()(const float* tile, int64_t row, int64_t rows, int64_t col, int64_t cols) const {
-    float scale[kRows];
-    for (int64_t i = 0; i < rows; ++i) {
-      scale[i] = row_scale ? row_scale[(row + i) / rows_per_sample] : 1.0f;
-    }
-    for (int64_t j = 0; j < cols; j += kLanes) {
-      const f32v b = load(bias + col + j), gamma = load(layer_scale + col + j);
-      for (int64_t i = 0; i < rows; ++i) {
-        const f32v y = (load(tile + i * kPanel + j) + b) * gamma;
-        const f32v r = residual.load_at((row + i) * residual.ld + col + j, cols - j);
-        out.store_at((row + i) * out.ld + col + j, fmadd(y, set1(scale[i]), r), cols - j);
-      }
-    }
-  }
-};
 
 template <class P>
 void run(const LinearResidualArgs& args) {

@@ -1,7 +1,8 @@
 // out = epilogue(source @ weight^T): the one matrix product, and the one micro-kernel, of fastvit.
 //
 //   for each block of rows of A                        (bounded scratch, usually one block)
-//     all threads: source fills the packed rows of A   LayerNorm, im2col or a copy happens here
+//     all threads: source fills the packed rows of A   LayerNorm, im2col or a copy happens here,
+//                                                      unless another product left them packed
 //     all threads: for each (row chunk, panel) task
 //       for each chunk of K                            sized so that the packed panel stays in L2
 //         pack the panel's weights                     64 columns x kc
@@ -147,6 +148,33 @@ FASTVIT_INLINE int64_t row_bytes(int64_t bytes) {
   return (lines | 1) * 64;
 }
 
+// The elements from one packed row of A, of k elements, to the next.
+template <class P>
+static int64_t packed_ld(int64_t k) {
+  constexpr int64_t size = sizeof(typename P::Element);
+  return row_bytes(k * size) / size;
+}
+
+// How many of m packed rows of A to hold at a time: equal blocks within a share of L3.
+template <class P>
+static int64_t packed_rows(int64_t m, int64_t k) {
+  const int64_t bytes = max(min(cache_sizes().l3 / 2, int64_t{16} << 20), int64_t{2} << 20);
+  const int64_t row = packed_ld<P>(k) * static_cast<int64_t>(sizeof(typename P::Element));
+  const int64_t most = max(bytes / row, 8 * kRows);
+  return round_up(ceil_div(m, ceil_div(m, most)), kRows);
+}
+
+// A source of rows that are packed already: `packed_ld` apart, zero up to the next whole kPair.
+template <class P>
+struct PackedRows {
+  typename P::Element* rows;
+};
+
+template <class Source>
+constexpr bool kIsPacked = false;
+template <class P>
+constexpr bool kIsPacked<PackedRows<P>> = true;
+
 // Lays arrays out in one block of memory; from a null base it only counts.
 struct Carver {
   char* base;
@@ -200,7 +228,7 @@ static int64_t pack_panel(const Weight& w, int64_t col, int64_t cols, int64_t k0
   return vectors;
 }
 
-// source(row, out): writes the k elements of a row of A.
+// source(row, out): writes the k elements of a row of A. Or PackedRows, then m is one block.
 // epilogue(tile, row, rows, col, cols): takes rows x cols results; a tile's rows are kPanel apart.
 // epilogue.prefetch(row, col, tiles): names what it will read and write for a tile.
 template <class P, class Source, class Epilogue>
@@ -218,11 +246,8 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
   const int64_t k_chunks = max(ceil_div(w.k, most_k), 1);
   const int64_t kc = round_up(ceil_div(w.k, k_chunks), kUnit);
 
-  // Row blocks: packed A stays in a share of L3.
-  const int64_t lda = row_bytes(w.k * sizeof(Element)) / sizeof(Element);
-  const int64_t a_bytes = max(min(caches.l3 / 2, int64_t{16} << 20), int64_t{2} << 20);
-  const int64_t most_rows = max(a_bytes / (lda * static_cast<int64_t>(sizeof(Element))), 8 * kRows);
-  const int64_t block_rows = round_up(ceil_div(m, ceil_div(m, most_rows)), kRows);
+  const int64_t lda = packed_ld<P>(w.k);
+  const int64_t block_rows = kIsPacked<Source> ? round_up(m, kRows) : packed_rows<P>(m, w.k);
 
   const int64_t panel_columns = w.panel_columns();
   const int64_t panels = ceil_div(w.n, panel_columns);
@@ -237,13 +262,13 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
   // A row is dear where the source pools tokens: then few rows must still keep all threads busy.
   const int64_t fill_rows = max(min(min(block_rows, m) / (4 * threads), kRows), 1);
 
-  auto* rows = static_cast<Element*>(scratch(Slot::kRows, block_rows * lda * sizeof(Element)));
+  Element* rows;
+  if constexpr (kIsPacked<Source>) {
+    rows = source.rows;
+  } else {
+    rows = static_cast<Element*>(scratch(Slot::kRows, block_rows * lda * sizeof(Element)));
+  }
   auto* workers = static_cast<char*>(scratch(Slot::kWorkers, worker_bytes * threads));
-
-  const auto fill_row = [&](int64_t row, Element* out) {
-    source(row, out);
-    for (int64_t k = w.k; k % P::kPair != 0; ++k) out[k] = Element{};
-  };
 
   // Tasks are handed out in order, so a thread's next one is probably `threads` further on.
   const auto next_column = [&](int64_t task) { return (task + threads) / chunks * panel_columns; };
@@ -283,8 +308,14 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
 #pragma omp barrier
       }
       const int64_t block_size = min(block_rows, m - block);
+      if constexpr (!kIsPacked<Source>) {
 #pragma omp for schedule(dynamic, fill_rows)
-      for (int64_t r = 0; r < block_size; ++r) fill_row(block + r, rows + r * lda);
+        for (int64_t r = 0; r < block_size; ++r) {
+          Element* row = rows + r * lda;
+          source(block + r, row);
+          for (int64_t k = w.k; k % P::kPair != 0; ++k) row[k] = Element{};
+        }
+      }
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t task = 0; task < panels * chunks; ++task) {
         run_task(block, block_size, task, worker);

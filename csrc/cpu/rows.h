@@ -19,7 +19,14 @@ struct Rows {
   DType dtype;
   int64_t ld;
 
-  Rows(const View& view, int64_t stride) : data(view.data), dtype(view.dtype), ld(stride) {}
+  Rows(void* first, DType type, int64_t stride) : data(first), dtype(type), ld(stride) {}
+  Rows(const View& view, int64_t stride) : Rows(view.data, view.dtype, stride) {}
+
+  // The rows from `row` on.
+  Rows from(int64_t row) const {
+    const int64_t bytes = row * ld * (dtype == DType::kF32 ? 4 : 2);
+    return {static_cast<char*>(data) + bytes, dtype, ld};
+  }
 
   FASTVIT_INLINE_METHOD f32v load_at(int64_t offset, int64_t n) const {
     if (dtype == DType::kF32) {

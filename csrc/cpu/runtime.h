@@ -14,7 +14,7 @@ namespace fastvit::cpu {
 
 // A grow-only, 64-byte aligned buffer of the calling thread, freed when that thread ends. Every
 // slot is an independent buffer; asking again for the same slot invalidates what it held.
-enum class Slot : int { kVectors = 0, kRows = 1, kWorkers = 2, kCount = 3 };
+enum class Slot : int { kVectors, kRows, kWorkers, kHidden, kCount };
 void* scratch(Slot slot, size_t bytes);
 
 struct CacheSizes {

@@ -96,6 +96,46 @@ struct LinearResidualArgs {
   int num_threads;
 };
 
+struct SelfAttentionArgs {
+  View out;                // (B N, D)
+  View x;                  // (B N, D), the residual too
+  const View* weights[3];  // one packed [q; k; v], (3 H d, D), or three, (H d, D)
+  const View* biases[3];
+  int64_t projections;  // 1 or 3
+  View proj_weight;     // (D, H d)
+  const View* proj_bias;
+  const View* norm_weight;
+  const View* norm_bias;
+  Norm norm;
+  float eps;
+  const View* attn_bias;  // (B, H, N, N), strides may be 0
+  float scale;
+  const View* layer_scale;
+  const View* row_scale;  // (B) f32
+  int64_t samples, num_heads;
+  Compute compute;
+  int num_threads;
+};
+
+struct MlpArgs {
+  View out;      // (M, D)
+  View x;        // (M, D), the residual too
+  View weight1;  // (H, D), or (2 H, D) for swiglu
+  View weight2;  // (D, H)
+  const View* bias1;
+  const View* bias2;
+  const View* norm_weight;
+  const View* norm_bias;
+  Norm norm;
+  float eps;
+  Activation activation;
+  const View* layer_scale;
+  const View* row_scale;  // (B) f32: one factor per rows_per_sample rows
+  int64_t rows_per_sample;
+  Compute compute;
+  int num_threads;
+};
+
 struct PoolArgs {
   View out;  // (B, C), or (B, D) without a head
   View x;    // (B, N, D)
@@ -117,6 +157,7 @@ struct Kernels {
   void (*norm_linear)(const NormLinearArgs&);
   void (*attention)(const AttentionArgs&);
   void (*linear_residual)(const LinearResidualArgs&);
+  void (*mlp)(const MlpArgs&);
   void (*pool)(const PoolArgs&);
   double (*peak)(Compute compute, int num_threads, double seconds);  // GFLOP/s
 };

@@ -47,10 +47,40 @@ class NotServed(Exception):
 
 
 def run_block(p: BlockParts, x: Tensor) -> Tensor:
-    """norm_linear, attention, linear_residual, norm_linear, linear_residual."""
+    """self_attention, mlp: the block in two operators, or in those that these are made of."""
     norm1, norm2 = read_norm(p.norm1, x.dtype), read_norm(p.norm2, x.dtype)
     activation = p.activation if isinstance(p.activation, str) else read_activation(p.activation)
 
+    drop_path1 = _drop_path(p.drop_path1, x, p.layer_scale1)
+    if p.q_norm is None and p.k_norm is None:
+        weights, biases = zip(*p.qkv, strict=True)
+        x = ops.self_attention(
+            x,
+            weights if len(weights) == 3 else weights[0],
+            biases if len(weights) == 3 else biases[0],
+            *p.proj,
+            num_heads=p.num_heads,
+            scale=p.scale,
+            **norm1,
+            layer_scale=p.layer_scale1,
+            drop_path=drop_path1,
+        )
+    else:
+        x = ops.linear_residual(
+            _normed_heads(p, x, norm1), *p.proj, residual=x, layer_scale=p.layer_scale1, drop_path=drop_path1
+        )
+    drop_path2 = _drop_path(p.drop_path2, x, p.layer_scale2)
+    if len(p.fc1) == 1:
+        return ops.mlp(
+            x, *p.fc1[0], *p.fc2, **norm2, activation=activation, layer_scale=p.layer_scale2, drop_path=drop_path2
+        )
+    gate, value = p.fc1
+    hidden = ops.norm_linear(x, *gate, **norm2, activation=activation) * ops.norm_linear(x, *value, **norm2)
+    return ops.linear_residual(hidden, *p.fc2, residual=x, layer_scale=p.layer_scale2, drop_path=drop_path2)
+
+
+def _normed_heads(p: BlockParts, x: Tensor, norm1: dict[str, Any]) -> Tensor:
+    """The attention of heads whose q or k is normalised (Dehghani et al. 2023)."""
     projected = [ops.norm_linear(x, weight, bias, **norm1) for weight, bias in p.qkv]
     if len(projected) == 1:
         q, k, v = projected[0].unflatten(-1, (3, p.num_heads, -1)).unbind(2)
@@ -60,18 +90,7 @@ def run_block(p: BlockParts, x: Tensor) -> Tensor:
         q = p.q_norm(q)
     if p.k_norm is not None:
         k = p.k_norm(k)
-    heads = ops.attention(q, k.to(q.dtype), v.to(q.dtype), scale=p.scale)
-    x = ops.linear_residual(
-        heads, *p.proj, residual=x, layer_scale=p.layer_scale1, drop_path=_drop_path(p.drop_path1, x, p.layer_scale1)
-    )
-    if len(p.fc1) == 1:
-        hidden = ops.norm_linear(x, *p.fc1[0], **norm2, activation=activation)
-    else:
-        gate, value = p.fc1
-        hidden = ops.norm_linear(x, *gate, **norm2, activation=activation) * ops.norm_linear(x, *value, **norm2)
-    return ops.linear_residual(
-        hidden, *p.fc2, residual=x, layer_scale=p.layer_scale2, drop_path=_drop_path(p.drop_path2, x, p.layer_scale2)
-    )
+    return ops.attention(q, k.to(q.dtype), v.to(q.dtype), scale=p.scale)
 
 
 # ---- Whether a call can be served ------------------------------------------------------------------

@@ -66,9 +66,9 @@ class Fused:
 
 
 class FusedBlock(Fused):
-    """A pre-norm block in five operators."""
+    """A pre-norm block in two operators, each made of others."""
 
-    fastvit_sentence = "norm_linear, attention, linear_residual, norm_linear, linear_residual"
+    fastvit_sentence = "self_attention (norm_linear, attention, linear_residual), mlp (norm_linear, linear_residual)"
     fastvit_read: ClassVar[Callable[[Any], BlockParts]]
     # The types of all modules inside, as they were when the fused block was proven to be the same function.
     fastvit_types: tuple[type[nn.Module], ...]

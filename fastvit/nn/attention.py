@@ -60,7 +60,24 @@ class Attention(nn.Module):
         drop_path: Tensor | None = None,
         attn_mask: Tensor | None = None,
     ) -> Tensor:
-        """residual + drop_path * layer_scale * self(norm(residual)) in three operators."""
+        """residual + drop_path * layer_scale * self(norm(residual)): one operator where it says all of it."""
+        arguments = norm_arguments(norm, residual.dtype)
+        dropping = any(drop.training and drop.p > 0.0 for drop in (self.attn_drop, self.proj_drop))
+        normed = not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity))
+        if arguments is not None and not normed and not dropping:
+            return ops.self_attention(
+                residual,
+                self.qkv.weight,
+                self.qkv.bias,
+                self.proj.weight,
+                self.proj.bias,
+                num_heads=self.num_heads,
+                scale=self.scale,
+                bias=attn_mask,
+                layer_scale=layer_scale,
+                drop_path=drop_path,
+                **arguments,
+            )
         x = self.attend(residual, norm, attn_mask)
         return add_branch(x, self.proj, self.proj_drop, residual, layer_scale, drop_path)
 

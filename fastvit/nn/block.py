@@ -1,4 +1,4 @@
-"""The pre-norm transformer block, five operators long."""
+"""The pre-norm transformer block, two operators long."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from fastvit.nn.mlp import MLP, SwiGLU
 class Block(nn.Module):
     """x = x + attention(norm(x)); x = x + mlp(norm(x)), each half with LayerScale and DropPath.
 
-    Dosovitskiy et al. 2020.  Runs as norm_linear, attention, linear_residual, norm_linear, linear_residual.  Keys as
-    timm's Block: `norm1`, `attn.qkv`, `attn.proj`, `ls1.gamma`, `norm2`, `mlp.fc1`, `mlp.fc2`, `ls2.gamma`.
+    Dosovitskiy et al. 2020.  Runs as self_attention, mlp; with qk_norm or dropout, as the operators that these are made
+    of.  Keys as timm's Block: `norm1`, `attn.qkv`, `attn.proj`, `ls1.gamma`, `norm2`, `mlp.fc1`, `mlp.fc2`,
+    `ls2.gamma`.
 
     Args:
         dim: channels.

@@ -70,16 +70,27 @@ class MLP(nn.Module):
         layer_scale: Tensor | None = None,
         drop_path: Tensor | None = None,
     ) -> Tensor:
-        """residual + drop_path * layer_scale * self(norm(residual)) in two operators."""
+        """residual + drop_path * layer_scale * self(norm(residual)): one operator where it says all of it."""
+        arguments, activation = norm_arguments(norm, residual.dtype), self.activation()
+        dropping = any(drop.training and drop.p > 0.0 for drop in (self.drop1, self.drop2))
+        if arguments is not None and activation is not None and not dropping:
+            weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+            return ops.mlp(
+                residual, *weights, activation=activation, layer_scale=layer_scale, drop_path=drop_path, **arguments
+            )
         hidden = self.hidden(residual, norm)
         return add_branch(hidden, self.fc2, self.drop2, residual, layer_scale, drop_path)
+
+    def activation(self) -> str | None:
+        """The activation's name in the operators, or None for a module that they don't know."""
+        return activation_name(self.act)
 
     def hidden(self, x: Tensor, norm: nn.Module) -> Tensor:
         """act(fc1(norm(x))), with dropout: (..., hidden_features)."""
         arguments = norm_arguments(norm, x.dtype)
         if arguments is None:
             x, arguments = norm(x), {"norm": "none"}
-        activation = activation_name(self.act)
+        activation = self.activation()
         x = ops.norm_linear(x, self.fc1.weight, self.fc1.bias, activation=activation or "none", **arguments)
         return self.drop1(x if activation else self.act(x))
 
@@ -107,9 +118,5 @@ class SwiGLU(MLP):
         super().__init__(in_features, hidden_features, out_features, "silu", bias, drop)
         self.fc2 = nn.Linear(hidden_features // 2, out_features or in_features, bias=bias)
 
-    def hidden(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """silu(gate) * value of fc1(norm(x)), with dropout: (..., hidden_features / 2)."""
-        arguments = norm_arguments(norm, x.dtype)
-        if arguments is None:
-            x, arguments = norm(x), {"norm": "none"}
-        return self.drop1(ops.norm_linear(x, self.fc1.weight, self.fc1.bias, activation="swiglu", **arguments))
+    def activation(self) -> str:
+        return "swiglu"

@@ -56,3 +56,12 @@ def norm(kind: str, weight: Tensor | None, bias: Tensor | None, size: int) -> No
         raise ValueError("norm_bias: RMSNorm has no bias; accepted: None")
     vector("norm_weight", weight, size)
     vector("norm_bias", bias, size)
+
+
+def attention_bias(bias: Tensor | None, full: tuple[int, int, int, int]) -> None:
+    """An optional additive bias that broadcasts to (B, num_heads, Nq, Nk)."""
+    if bias is None:
+        return
+    floating("bias", bias)
+    if bias.ndim > 4 or any(b not in (1, f) for b, f in zip(bias.shape[::-1], full[::-1], strict=False)):
+        raise ValueError(f"bias: shape {tuple(bias.shape)} does not broadcast; accepted: towards {full}")

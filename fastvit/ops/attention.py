@@ -77,11 +77,7 @@ def _output(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, 
         raise ValueError(f"v: shape {tuple(v.shape)} does not fit; accepted: k's, {tuple(k.shape)}")
     if k.shape[1] == 0 and nq > 0:
         raise ValueError(f"k: shape {tuple(k.shape)} has no keys; accepted: Nk >= 1")
-    if bias is not None:
-        _checks.floating("bias", bias)
-        full = (batch, heads, nq, k.shape[1])
-        if bias.ndim > 4 or any(b not in (1, f) for b, f in zip(bias.shape[::-1], full[::-1], strict=False)):
-            raise ValueError(f"bias: shape {tuple(bias.shape)} does not broadcast; accepted: towards {full}")
+    _checks.attention_bias(bias, (batch, heads, nq, k.shape[1]))
     if dtype is None:
         _checks.same_dtype("k", k, q.dtype, "q")
         _checks.same_dtype("v", v, q.dtype, "q")
@@ -89,7 +85,7 @@ def _output(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, 
     return q.new_empty((batch, nq, heads * head_dim), dtype=dtype or q.dtype)
 
 
-def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+def kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     out = _output(q, k, v, scale, bias, dtype)
     if out.numel() == 0:
         return out
@@ -121,7 +117,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | Non
 
 _op = register(
     "attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias, ScalarType? dtype) -> Tensor",
-    kernel=_kernel,
+    kernel=kernel,
     fake=_output,
     reference=_reference,
 )

@@ -79,7 +79,7 @@ def _output(
     return residual.new_empty(residual.shape)
 
 
-def _kernel(
+def kernel(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -135,7 +135,7 @@ def _reference(
 _op = register(
     "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? layer_scale, Tensor? drop_path, "
     "ScalarType? dtype) -> Tensor",
-    kernel=_kernel,
+    kernel=kernel,
     fake=_output,
     reference=_reference,
 )

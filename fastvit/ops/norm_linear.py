@@ -88,7 +88,7 @@ def _output(
     return x.new_empty((*x.shape[:-1], features), dtype=dtype or x.dtype)
 
 
-def _kernel(
+def kernel(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -160,7 +160,7 @@ def _reference(
 _op = register(
     "norm_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, str norm, float eps, "
     "str activation, ScalarType? dtype) -> Tensor",
-    kernel=_kernel,
+    kernel=kernel,
     fake=_output,
     reference=_reference,
 )

@@ -1,6 +1,15 @@
 """Ground truth: the operators and the Vision Transformer in plain PyTorch."""
 
-from fastvit.reference.ops import attention, attention_qkvpacked, linear_residual, norm_linear, patch_embed, pool
+from fastvit.reference.ops import (
+    attention,
+    attention_qkvpacked,
+    linear_residual,
+    mlp,
+    norm_linear,
+    patch_embed,
+    pool,
+    self_attention,
+)
 from fastvit.reference.vit import VisionTransformer, interpolate_pos_embed
 
 __all__ = [
@@ -9,7 +18,9 @@ __all__ = [
     "attention_qkvpacked",
     "interpolate_pos_embed",
     "linear_residual",
+    "mlp",
     "norm_linear",
     "patch_embed",
     "pool",
+    "self_attention",
 ]

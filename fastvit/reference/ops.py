@@ -106,6 +106,72 @@ def linear_residual(
     return (residual + branch).to(residual.dtype)
 
 
+def self_attention(
+    x: Tensor,
+    qkv_weight: Tensor | tuple[Tensor, ...],
+    qkv_bias: Tensor | tuple[Tensor | None, ...] | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    num_heads: int,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    norm: str = "layer",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    layer_scale: Tensor | None = None,
+    drop_path: Tensor | None = None,
+) -> Tensor:
+    """x + drop_path * layer_scale * proj(attention(qkv(norm(x)))); arguments as in `fastvit.ops.self_attention`."""
+    normal = {"norm": norm, "norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
+    if isinstance(qkv_weight, tuple):
+        biases = qkv_bias if isinstance(qkv_bias, tuple) else (None,) * 3
+        q, k, v = (
+            norm_linear(x, w, b, **normal).unflatten(-1, (num_heads, -1))  # type: ignore[arg-type]
+            for w, b in zip(qkv_weight, biases, strict=True)
+        )
+        heads = attention(q, k, v, scale=scale, bias=bias)
+    else:
+        assert not isinstance(qkv_bias, tuple)
+        heads = attention_qkvpacked(
+            norm_linear(x, qkv_weight, qkv_bias, **normal),  # type: ignore[arg-type]
+            num_heads,
+            scale=scale,
+            bias=bias,
+        )
+    return linear_residual(heads, proj_weight, proj_bias, residual=x, layer_scale=layer_scale, drop_path=drop_path)
+
+
+def mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    norm: str = "layer",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str = "gelu",
+    layer_scale: Tensor | None = None,
+    drop_path: Tensor | None = None,
+) -> Tensor:
+    """x + drop_path * layer_scale * fc2(activation(fc1(norm(x)))); arguments as in `fastvit.ops.mlp`."""
+    hidden = norm_linear(
+        x,
+        fc1_weight,
+        fc1_bias,
+        norm=norm,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        eps=eps,
+        activation=activation,
+    )
+    return linear_residual(hidden, fc2_weight, fc2_bias, residual=x, layer_scale=layer_scale, drop_path=drop_path)
+
+
 def patch_embed(
     image: Tensor,
     weight: Tensor,

@@ -510,7 +510,7 @@ def test_export(vit):
     model, x = vit
     fastvit.optimize(model)
     exported = torch.export.export(model, (x,))
-    assert sum("fastvit" in str(n.target) for n in exported.graph.nodes) == 11
+    assert sum("fastvit" in str(n.target) for n in exported.graph.nodes) == 5  # patch_embed, and two of each block
     assert relative_l2(exported.module()(x), model(x)) < 1e-6
 
 

@@ -66,6 +66,54 @@ def linear_residual(
     return out
 
 
+def mlp(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    activation: str,
+    layer_scale: Tensor,
+    row_scale: Tensor,
+    rows_per_sample: int,
+    *,
+    compute: torch.dtype,
+    threads: int = 2,
+) -> Tensor:
+    out = blank(*x.shape, dtype=x.dtype)
+    views = map(view, (out, x, weight1, bias1, weight2, bias2, norm_weight, norm_bias))
+    codes = (NORMS.index("layer"), 1e-6, ACTIVATIONS.index(activation))
+    _C.mlp(*views, *codes, view(layer_scale), view(row_scale), rows_per_sample, compute_code(compute), threads)
+    return out
+
+
+def self_attention(
+    x: Tensor,
+    projections: list[tuple[Tensor, Tensor]],
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    attn_bias: Tensor,
+    layer_scale: Tensor,
+    row_scale: Tensor,
+    samples: int,
+    num_heads: int,
+    *,
+    compute: torch.dtype,
+    threads: int = 2,
+) -> Tensor:
+    out = blank(*x.shape, dtype=x.dtype)
+    qkv = [t for pair in projections for t in pair] + [None] * (6 - 2 * len(projections))
+    views = map(view, (out, x, *qkv, proj_weight, proj_bias, norm_weight, norm_bias))
+    scale = (proj_weight.shape[1] // num_heads) ** -0.5
+    ends = (view(attn_bias), scale, view(layer_scale), view(row_scale), samples, num_heads)
+    _C.self_attention(*views, NORMS.index("layer"), 1e-6, *ends, compute_code(compute), threads)
+    return out
+
+
 def attention(
     q: Tensor,
     k: Tensor,

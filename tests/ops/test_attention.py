@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastvit import ops, reference
@@ -93,6 +93,7 @@ def test_empty():
 @settings(deadline=None, max_examples=30)
 @given(nq=st.integers(1, 80), nk=st.integers(1, 300), h=st.integers(1, 3), d=st.integers(1, 130), bf16=st.booleans())
 def test_any_shape(nq, nk, h, d, bf16):
+    assume(nq * h * d >= 16)  # fewer may cancel to nearly nothing, and relative error with them
     check("attention", *arguments(1, nq, h, d, nk), dtype=torch.bfloat16 if bf16 else torch.float32)
 
 

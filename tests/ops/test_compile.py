@@ -42,6 +42,37 @@ SAMPLES = {
         None,
         None,
     ),
+    "mlp": lambda: (
+        torch.randn(2, 5, 8),
+        torch.randn(12, 8),
+        torch.randn(12),
+        torch.randn(8, 6),
+        None,
+        torch.randn(8),
+        None,
+        "rms",
+        1e-6,
+        "swiglu",
+        torch.randn(8),
+        torch.tensor([0.0, 2.0]),
+        None,
+    ),
+    "self_attention": lambda: (
+        torch.randn(2, 5, 8),
+        *(t for _ in range(3) for t in (torch.randn(6, 8), torch.randn(6))),
+        torch.randn(8, 6),
+        None,
+        2,
+        0.3,
+        torch.randn(5, 5),
+        torch.randn(8),
+        None,
+        "layer",
+        1e-6,
+        torch.randn(8),
+        torch.tensor([0.0, 2.0]),
+        None,
+    ),
     "pool": lambda: (torch.randn(2, 5, 8), "avg", 1, "layer", None, None, 1e-6, torch.randn(3, 8), None, None),
 }
 
@@ -87,13 +118,7 @@ def test_export():
     exported = torch.export.export(block, (x,))
     assert torch.equal(exported.module()(x), block(x))
     called = [str(n.target) for n in exported.graph.nodes if "fastvit" in str(n.target)]
-    assert [c.split(".")[1] for c in called] == [
-        "norm_linear",
-        "attention",
-        "linear_residual",
-        "norm_linear",
-        "linear_residual",
-    ]
+    assert [c.split(".")[1] for c in called] == ["self_attention", "mlp"]
 
 
 def test_fx_trace_sees_the_operators_as_leaves():

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastvit import ops
@@ -99,6 +99,7 @@ def test_autocast_keeps_the_residual_stream():
 @settings(deadline=None, max_examples=30)
 @given(t=st.integers(1, 70), k=st.integers(1, 300), n=st.integers(1, 150), bf16=st.booleans())
 def test_any_shape(t, k, n, bf16):
+    assume(t * n >= 16)  # fewer may cancel to nearly nothing, and relative error with them
     args, kwargs = arguments(2, t, k, n)
     check("linear_residual", *args, **kwargs, dtype=torch.bfloat16 if bf16 else torch.float32)
 

@@ -1,0 +1,108 @@
+// Epilogues: what becomes of a tile of a product while it is still in L1.
+
+#pragma once
+
+#include "rows.h"
+#include "vmath.h"
+
+namespace fastvit::cpu::FASTVIT_ISA {
+
+// out = activation(tile + bias)
+template <class Function>
+struct Activate {
+  Rows out;
+  const float* bias;
+
+  void prefetch(int64_t row, int64_t col, TileRows (&tiles)[2]) const {
+    tiles[0] = out.tile(row * out.ld + col, kPanel);
+  }
+
+  void operator()(const float* tile, int64_t row, int64_t rows, int64_t col, int64_t cols) const {
+    for (int64_t j = 0; j < cols; j += kLanes) {
+      const f32v b = load(bias + col + j);
+      for (int64_t i = 0; i < rows; ++i) {
+        const f32v y = Function::apply(load(tile + i * kPanel + j) + b);
+        out.store_at((row + i) * out.ld + col + j, y, cols - j);
+      }
+    }
+  }
+};
+
+// out = silu(gate) * value: the tile holds gates, then (from the next whole vector on) their
+// values.
+struct SwiGlu {
+  Rows out;
+  const float* bias;
+  const float* value_bias;
+
+  void prefetch(int64_t row, int64_t col, TileRows (&tiles)[2]) const {
+    tiles[0] = out.tile(row * out.ld + col, kPanel / 2);
+  }
+
+  void operator()(const float* tile, int64_t row, int64_t rows, int64_t col, int64_t cols) const {
+    const float* values = tile + round_up(cols, kLanes);
+    for (int64_t j = 0; j < cols; j += kLanes) {
+      const f32v b = load(bias + col + j), vb = load(value_bias + col + j);
+      for (int64_t i = 0; i < rows; ++i) {
+        const f32v gate = Silu::apply(load(tile + i * kPanel + j) + b);
+        const f32v value = load(values + i * kPanel + j) + vb;
+        out.store_at((row + i) * out.ld + col + j, gate * value, cols - j);
+      }
+    }
+  }
+};
+
+// Calls run(epilogue) with the epilogue of an activation.
+template <class Run>
+static void with_activation(Activation activation, const Rows& out, const float* bias,
+                            const float* value_bias, const Run& run) {
+  switch (activation) {
+    case Activation::kNone:
+      return run(Activate<Identity>{out, bias});
+    case Activation::kGelu:
+      return run(Activate<Gelu>{out, bias});
+    case Activation::kGeluTanh:
+      return run(Activate<GeluTanh>{out, bias});
+    case Activation::kQuickGelu:
+      return run(Activate<QuickGelu>{out, bias});
+    case Activation::kSilu:
+      return run(Activate<Silu>{out, bias});
+    case Activation::kRelu:
+      return run(Activate<Relu>{out, bias});
+    case Activation::kSwiglu:
+      return run(SwiGlu{out, bias, value_bias});
+  }
+}
+
+// out = residual + row_scale * layer_scale * (tile + bias). A residual element is read before the
+// output element of the same place is written, so out may be residual.
+struct AddResidual {
+  Rows out, residual;
+  const float* bias;
+  const float* layer_scale;
+  const float* row_scale;  // per sample, or null
+  int64_t rows_per_sample;
+  int64_t first_row = 0;  // of the tensor, where `out` begins
+
+  void prefetch(int64_t row, int64_t col, TileRows (&tiles)[2]) const {
+    tiles[0] = residual.tile(row * residual.ld + col, kPanel);
+    tiles[1] = out.tile(row * out.ld + col, kPanel);
+  }
+
+  void operator()(const float* tile, int64_t row, int64_t rows, int64_t col, int64_t cols) const {
+    float scale[kRows];
+    for (int64_t i = 0; i < rows; ++i) {
+      scale[i] = row_scale ? row_scale[(first_row + row + i) / rows_per_sample] : 1.0f;
+    }
+    for (int64_t j = 0; j < cols; j += kLanes) {
+      const f32v b = load(bias + col + j), gamma = load(layer_scale + col + j);
+      for (int64_t i = 0; i < rows; ++i) {
+        const f32v y = (load(tile + i * kPanel + j) + b) * gamma;
+        const f32v r = residual.load_at((row + i) * residual.ld + col + j, cols - j);
+        out.store_at((row + i) * out.ld + col + j, fmadd(y, set1(scale[i]), r), cols - j);
+      }
+    }
+  }
+};
+
+}  // namespace fastvit::cpu::FASTVIT_ISA

@@ -1,0 +1,182 @@
+"""mlp: the second half of a pre-norm block as one operator, whose hidden activations are never a tensor."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from fastvit import reference
+from fastvit.ops import _backend, _checks
+from fastvit.ops._library import autocast_dtype, in_dtype, register
+from fastvit.ops.linear_residual import kernel as linear_residual_kernel
+from fastvit.ops.norm_linear import kernel as norm_linear_kernel
+
+
+def mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    norm: str = "layer",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str = "gelu",
+    layer_scale: Tensor | None = None,
+    drop_path: Tensor | None = None,
+) -> Tensor:
+    """x + drop_path * layer_scale * fc2(activation(fc1(norm(x)))).
+
+    The same as `norm_linear` and then `linear_residual`; the C++ kernel keeps the hidden activations in cache.
+
+    Args:
+        x: (..., D), float; also the residual.
+        fc1_weight: (H, D), dtype of `x` (any float dtype under autocast); (2 H, D), [gate; value], for swiglu.
+        fc1_bias: (H,), or (2 H,) for swiglu.
+        fc2_weight: (D, H).
+        fc2_bias: (D,).
+        norm, norm_weight, norm_bias, eps, activation: as in `norm_linear`.
+        layer_scale, drop_path: as in `linear_residual`.
+
+    Returns:
+        Shape and dtype of `x`.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype or name is not accepted.
+    """
+    if has_torch_function((x, fc1_weight, fc2_weight)):
+        return handle_torch_function(
+            mlp,
+            (x, fc1_weight, fc2_weight),
+            x,
+            fc1_weight,
+            fc1_bias,
+            fc2_weight,
+            fc2_bias,
+            norm=norm,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            eps=eps,
+            activation=activation,
+            layer_scale=layer_scale,
+            drop_path=drop_path,
+        )
+    return _op(
+        x,
+        fc1_weight,
+        fc1_bias,
+        fc2_weight,
+        fc2_bias,
+        norm_weight,
+        norm_bias,
+        norm,
+        eps,
+        activation,
+        layer_scale,
+        drop_path,
+        autocast_dtype(x),
+    )
+
+
+class _Arguments(NamedTuple):
+    """What the registered operator takes, in its order."""
+
+    x: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor | None
+    fc2_weight: Tensor
+    fc2_bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    norm: str
+    eps: float
+    activation: str
+    layer_scale: Tensor | None
+    drop_path: Tensor | None
+    dtype: torch.dtype | None
+
+
+def _output(*arguments: Any) -> Tensor:
+    """Check everything and return the empty result: also the operator's fake version."""
+    a = _Arguments(*arguments)
+    weights = {"fc1_weight": a.fc1_weight, "fc2_weight": a.fc2_weight}
+    for name, t in (("x", a.x), *weights.items()):
+        _checks.floating(name, t)
+    _checks.ndim("fc1_weight", a.fc1_weight, 2, "(H, D)")
+    _checks.ndim("fc2_weight", a.fc2_weight, 2, "(D, H)")
+    features, hidden = a.fc2_weight.shape
+    if a.x.ndim < 1 or a.x.shape[-1] != features:
+        raise ValueError(
+            f"x: shape {tuple(a.x.shape)} does not fit fc2_weight {(features, hidden)}; accepted: (..., D)"
+        )
+    _checks.one_of("activation", a.activation, _checks.ACTIVATIONS)
+    rows = 2 * hidden if a.activation == "swiglu" else hidden
+    if a.fc1_weight.shape != (rows, features):
+        raise ValueError(
+            f"fc1_weight: shape {tuple(a.fc1_weight.shape)} does not fit fc2_weight {(features, hidden)} and "
+            f"activation {a.activation}; accepted: {(rows, features)}"
+        )
+    _checks.vector("fc1_bias", a.fc1_bias, rows)
+    _checks.vector("fc2_bias", a.fc2_bias, features)
+    _checks.norm(a.norm, a.norm_weight, a.norm_bias, features)
+    _checks.vector("layer_scale", a.layer_scale, features)
+    _checks.vector("drop_path", a.drop_path, a.x.shape[0])
+    operands = {**weights, "fc1_bias": a.fc1_bias, "fc2_bias": a.fc2_bias}
+    if a.dtype is None:
+        for name, operand in operands.items():
+            _checks.same_dtype(name, operand, a.x.dtype, "x")
+    vectors = {"norm_weight": a.norm_weight, "norm_bias": a.norm_bias}
+    _checks.same_device(x=a.x, **operands, **vectors, layer_scale=a.layer_scale, drop_path=a.drop_path)
+    return a.x.new_empty(a.x.shape)
+
+
+def _kernel(*arguments: Any) -> Tensor:
+    out = _output(*arguments)
+    if out.numel() == 0:
+        return out
+    a = _Arguments(*arguments)
+    compute = a.dtype or a.x.dtype
+    if _backend.choose(a.x, compute, *(t for t in arguments[1:] if isinstance(t, Tensor))) != "cpp":
+        norm = (a.norm_weight, a.norm_bias, a.norm, a.eps, a.activation, a.dtype)
+        hidden = norm_linear_kernel(a.x, a.fc1_weight, a.fc1_bias, *norm)
+        return linear_residual_kernel(hidden, a.fc2_weight, a.fc2_bias, a.x, a.layer_scale, a.drop_path, a.dtype)
+    view, contiguous = _backend.view, _backend.contiguous
+    # Named, so that a contiguous copy lives until the call returns.
+    rows, out_rows, layer_scale = _backend.rows(a.x), _backend.rows(out), contiguous(a.layer_scale)
+    weights = [contiguous(t) for t in arguments[1:7]]
+    factors = None if a.drop_path is None else a.drop_path.float().contiguous()
+    _backend.extension().mlp(  # type: ignore[union-attr]
+        view(out_rows),
+        view(rows),
+        *map(view, weights),
+        _checks.NORMS.index(a.norm),
+        a.eps,
+        _checks.ACTIVATIONS.index(a.activation),
+        view(layer_scale),
+        view(factors),
+        out_rows.shape[0] // a.x.shape[0],
+        _backend.code(compute),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _reference(*arguments: Any) -> Tensor:
+    values = _Arguments(*arguments)._asdict()
+    with in_dtype(values.pop("dtype"), values["x"].device):
+        return reference.mlp(**values)
+
+
+_op = register(
+    "mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? norm_weight, "
+    "Tensor? norm_bias, str norm, float eps, str activation, Tensor? layer_scale, Tensor? drop_path, "
+    "ScalarType? dtype) -> Tensor",
+    kernel=_kernel,
+    fake=_output,
+    reference=_reference,
+)

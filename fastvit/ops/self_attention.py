@@ -1,0 +1,265 @@
+"""self_attention: the first half of a pre-norm block as one operator, whose q, k and v are never tensors."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from fastvit import reference
+from fastvit.ops import _backend, _checks
+from fastvit.ops._library import autocast_dtype, in_dtype, register
+from fastvit.ops.attention import kernel as attention_kernel
+from fastvit.ops.linear_residual import kernel as linear_residual_kernel
+from fastvit.ops.norm_linear import kernel as norm_linear_kernel
+
+Three = tuple[Tensor, Tensor, Tensor]
+OptionalThree = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def self_attention(
+    x: Tensor,
+    qkv_weight: Tensor | Three,
+    qkv_bias: Tensor | OptionalThree | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    num_heads: int,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    norm: str = "layer",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    layer_scale: Tensor | None = None,
+    drop_path: Tensor | None = None,
+) -> Tensor:
+    """x + drop_path * layer_scale * proj(attention(qkv(norm(x)))).
+
+    The same as `norm_linear`, `attention` and then `linear_residual`; the C++ kernel keeps q, k, v and the heads in
+    cache.
+
+    Args:
+        x: (B, N, D), float; also the residual.
+        qkv_weight: (3 * num_heads * head_dim, D), [q; k; v] with heads outermost, or the three as a tuple; dtype of
+            `x` (any float dtype under autocast).
+        qkv_bias: as long as the weight, or a tuple of three; any may be None.
+        proj_weight: (D, num_heads * head_dim).
+        proj_bias: (D,).
+        num_heads: heads.
+        scale, bias: as in `attention`.
+        norm, norm_weight, norm_bias, eps: as in `norm_linear`.
+        layer_scale, drop_path: as in `linear_residual`.
+
+    Returns:
+        Shape and dtype of `x`.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype or name is not accepted.
+    """
+    weights = qkv_weight if isinstance(qkv_weight, tuple) else (qkv_weight, None, None)
+    if has_torch_function((x, *weights, proj_weight)):
+        return handle_torch_function(
+            self_attention,
+            (x, *weights, proj_weight),
+            x,
+            qkv_weight,
+            qkv_bias,
+            proj_weight,
+            proj_bias,
+            num_heads=num_heads,
+            scale=scale,
+            bias=bias,
+            norm=norm,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            eps=eps,
+            layer_scale=layer_scale,
+            drop_path=drop_path,
+        )
+    biases = qkv_bias if isinstance(qkv_bias, tuple) else (qkv_bias, None, None)
+    for name, given in (("qkv_weight", weights), ("qkv_bias", biases)):
+        if len(given) != 3:
+            raise ValueError(f"{name}: {len(given)} tensors; accepted: one, or a tuple of three")
+    if isinstance(qkv_bias, tuple) and not isinstance(qkv_weight, tuple):
+        raise ValueError("qkv_bias: a tuple of three, but qkv_weight is one packed tensor; give both in one form")
+    if scale is None:
+        scale = (proj_weight.shape[-1] // max(num_heads, 1)) ** -0.5 if proj_weight.numel() else 1.0
+    return _op(
+        x,
+        *(t for pair in zip(weights, biases, strict=True) for t in pair),
+        proj_weight,
+        proj_bias,
+        num_heads,
+        scale,
+        bias,
+        norm_weight,
+        norm_bias,
+        norm,
+        eps,
+        layer_scale,
+        drop_path,
+        autocast_dtype(x),
+    )
+
+
+class _Arguments(NamedTuple):
+    """What the registered operator takes, in its order."""
+
+    x: Tensor
+    q_weight: Tensor  # or all three, packed
+    q_bias: Tensor | None
+    k_weight: Tensor | None
+    k_bias: Tensor | None
+    v_weight: Tensor | None
+    v_bias: Tensor | None
+    proj_weight: Tensor
+    proj_bias: Tensor | None
+    num_heads: int
+    scale: float
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    norm: str
+    eps: float
+    layer_scale: Tensor | None
+    drop_path: Tensor | None
+    dtype: torch.dtype | None
+
+    def projections(self) -> list[tuple[str, Tensor, Tensor | None]]:
+        """One packed [q; k; v], or three."""
+        if self.k_weight is None or self.v_weight is None:
+            return [("qkv", self.q_weight, self.q_bias)]
+        return [
+            ("q", self.q_weight, self.q_bias),
+            ("k", self.k_weight, self.k_bias),
+            ("v", self.v_weight, self.v_bias),
+        ]
+
+
+def _output(*arguments: Any) -> Tensor:
+    """Check everything and return the empty result: also the operator's fake version."""
+    a = _Arguments(*arguments)
+    x, projections = a.x, a.projections()
+    _checks.floating("x", x)
+    _checks.ndim("x", x, 3, "(B, N, D)")
+    _checks.floating("proj_weight", a.proj_weight)
+    _checks.ndim("proj_weight", a.proj_weight, 2, "(D, num_heads * head_dim)")
+    batch, tokens, _ = x.shape
+    features, inner = a.proj_weight.shape
+    if x.shape[-1] != features:
+        raise ValueError(
+            f"x: shape {tuple(x.shape)} does not fit proj_weight {tuple(a.proj_weight.shape)}; accepted: (B, N, D)"
+        )
+    if a.num_heads < 1 or inner % a.num_heads:
+        raise ValueError(f"num_heads: {a.num_heads}; accepted: a divisor of proj_weight's {inner} columns")
+    rows = inner * 3 // len(projections)
+    for name, weight, bias in projections:
+        _checks.floating(f"{name}_weight", weight)
+        if weight.shape != (rows, features):
+            raise ValueError(
+                f"{name}_weight: shape {tuple(weight.shape)} does not fit proj_weight "
+                f"{tuple(a.proj_weight.shape)}; accepted: {(rows, features)}"
+            )
+        _checks.vector(f"{name}_bias", bias, rows)
+    _checks.vector("proj_bias", a.proj_bias, features)
+    _checks.norm(a.norm, a.norm_weight, a.norm_bias, features)
+    _checks.vector("layer_scale", a.layer_scale, features)
+    _checks.vector("drop_path", a.drop_path, batch)
+    _checks.attention_bias(a.bias, (batch, a.num_heads, tokens, tokens))
+    named: dict[str, Tensor | None] = {f"{name}_weight": weight for name, weight, _ in projections}
+    named |= {f"{name}_bias": bias for name, _, bias in projections}
+    named |= {"proj_weight": a.proj_weight, "proj_bias": a.proj_bias}
+    if a.dtype is None:
+        for name, operand in named.items():
+            _checks.same_dtype(name, operand, x.dtype, "x")
+    others = {"norm_weight": a.norm_weight, "norm_bias": a.norm_bias, "bias": a.bias}
+    _checks.same_device(x=x, **named, **others, layer_scale=a.layer_scale, drop_path=a.drop_path)
+    return x.new_empty(x.shape)
+
+
+def _kernel(*arguments: Any) -> Tensor:
+    out = _output(*arguments)
+    if out.numel() == 0:
+        return out
+    a = _Arguments(*arguments)
+    compute = a.dtype or a.x.dtype
+    if _backend.choose(a.x, compute, *(t for t in arguments[1:] if isinstance(t, Tensor))) != "cpp":
+        return _composed(a)
+    view, contiguous = _backend.view, _backend.contiguous
+    # Named, so that a contiguous copy lives until the call returns.
+    rows, out_rows = _backend.rows(a.x), _backend.rows(out)
+    weights = [
+        contiguous(t)
+        for t in (a.q_weight, a.q_bias, a.k_weight, a.k_bias, a.v_weight, a.v_bias, a.proj_weight, a.proj_bias)
+    ]
+    vectors = [contiguous(t) for t in (a.norm_weight, a.norm_bias, a.layer_scale)]
+    factors = None if a.drop_path is None else a.drop_path.float().contiguous()
+    batch, tokens, _ = a.x.shape
+    bias = None if a.bias is None else a.bias.expand(batch, a.num_heads, tokens, tokens)
+    _backend.extension().self_attention(  # type: ignore[union-attr]
+        view(out_rows),
+        view(rows),
+        *map(view, weights),
+        view(vectors[0]),
+        view(vectors[1]),
+        _checks.NORMS.index(a.norm),
+        a.eps,
+        view(bias),
+        a.scale,
+        view(vectors[2]),
+        view(factors),
+        batch,
+        a.num_heads,
+        _backend.code(compute),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _composed(a: _Arguments) -> Tensor:
+    """By the operators that this one is made of, each on its own backend."""
+    norm = (a.norm_weight, a.norm_bias, a.norm, a.eps, "none", a.dtype)
+    projected = [norm_linear_kernel(a.x, weight, bias, *norm) for _, weight, bias in a.projections()]
+    if len(projected) == 1:
+        q, k, v = projected[0].unflatten(-1, (3, a.num_heads, -1)).unbind(2)
+    else:
+        q, k, v = (t.unflatten(-1, (a.num_heads, -1)) for t in projected)
+    heads = attention_kernel(q, k, v, a.scale, a.bias, a.dtype)
+    return linear_residual_kernel(heads, a.proj_weight, a.proj_bias, a.x, a.layer_scale, a.drop_path, a.dtype)
+
+
+def _reference(*arguments: Any) -> Tensor:
+    a = _Arguments(*arguments)
+    projections = a.projections()
+    packed = len(projections) == 1
+    with in_dtype(a.dtype, a.x.device):
+        return reference.self_attention(
+            a.x,
+            a.q_weight if packed else tuple(weight for _, weight, _ in projections),
+            a.q_bias if packed else tuple(bias for _, _, bias in projections),
+            a.proj_weight,
+            a.proj_bias,
+            num_heads=a.num_heads,
+            scale=a.scale,
+            bias=a.bias,
+            norm=a.norm,
+            norm_weight=a.norm_weight,
+            norm_bias=a.norm_bias,
+            eps=a.eps,
+            layer_scale=a.layer_scale,
+            drop_path=a.drop_path,
+        )
+
+
+_op = register(
+    "self_attention(Tensor x, Tensor q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, Tensor? v_weight, "
+    "Tensor? v_bias, Tensor proj_weight, Tensor? proj_bias, int num_heads, float scale, Tensor? bias, "
+    "Tensor? norm_weight, Tensor? norm_bias, str norm, float eps, Tensor? layer_scale, Tensor? drop_path, "
+    "ScalarType? dtype) -> Tensor",
+    kernel=_kernel,
+    fake=_output,
+    reference=_reference,
+)

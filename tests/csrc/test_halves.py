@@ -1,0 +1,68 @@
+"""self_attention and mlp, which are made of the other kernels: the same bits where they round alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests import nasty
+from tests.csrc import call, plain
+from tests.tolerances import assert_close
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize(
+    "samples, tokens, d, hidden", [(2, 29, 72, 173), (1, 1, 8, 1), (3, 50, 40, 4304), (40, 50, 16, 2048)]
+)
+def test_mlp(isa: str, dtype: torch.dtype, activation: str, samples: int, tokens: int, d: int, hidden: int) -> None:
+    if samples == 40 and isa == "scalar":
+        pytest.skip("slow in plain C++")
+    rows = 2 * hidden if activation == "swiglu" else hidden
+    vectors = [nasty.vector(n, seed) for seed, n in enumerate((rows, d, d, d, d), 2)]
+    x, w1, w2, b1, b2, gain, shift, gamma = plain.cast(
+        dtype, nasty.tokens(samples * tokens, d), nasty.weight(rows, d), nasty.weight(d, hidden), *vectors
+    )
+    factors = torch.arange(samples) * 0.5
+    between = call.norm_linear(
+        x, w1, b1, norm="layer", norm_weight=gain, norm_bias=shift, activation=activation, compute=dtype
+    )
+    scales = (gamma, factors)
+    expected = call.linear_residual(between, w2, b2, x, *scales, rows_per_sample=tokens, compute=dtype)
+    actual = call.mlp(x, w1, b1, w2, b2, gain, shift, activation, *scales, tokens, compute=dtype)
+    if dtype == torch.float32 or isa == "avx512_bf16":
+        assert torch.equal(actual, expected)
+        return
+    # Multiplied as f32, the hidden activations are not rounded to bf16 in between.
+    x, w1, b1, w2, b2, gain, shift, gamma, factors = plain.cast(torch.float64, x, w1, b1, w2, b2, gain, shift, *scales)
+    hidden = plain.activated(F.linear(plain.normed(x, "layer", gain, shift), w1, b1), activation)
+    truth = x + factors.repeat_interleave(tokens)[:, None] * gamma * F.linear(hidden, w2, b2)
+    assert_close(actual, truth, eager=expected)
+
+
+@pytest.mark.parametrize(
+    "samples, tokens, heads, head_dim, d", [(2, 29, 3, 20, 72), (1, 1, 1, 1, 8), (40, 50, 4, 128, 16)]
+)
+@pytest.mark.parametrize("packed", [True, False])
+def test_self_attention(
+    isa: str, dtype: torch.dtype, packed: bool, samples: int, tokens: int, heads: int, head_dim: int, d: int
+) -> None:
+    if samples == 40 and isa == "scalar":
+        pytest.skip("slow in plain C++")
+    inner = heads * head_dim
+    vectors = [nasty.vector(n, seed) for seed, n in enumerate((3 * inner, d, d, d, d), 2)]
+    x, w, proj, b, proj_b, gain, shift, gamma = plain.cast(
+        dtype, nasty.tokens(samples * tokens, d), nasty.weight(3 * inner, d), nasty.weight(d, inner, seed=9), *vectors
+    )
+    mask = nasty.vector(samples * tokens).view(samples, 1, 1, tokens).expand(-1, heads, tokens, -1).to(dtype)
+    factors = torch.arange(samples) * 0.5
+    qkv = call.norm_linear(x, w, b, norm="layer", norm_weight=gain, norm_bias=shift, compute=dtype)
+    q, k, v = qkv.view(samples, tokens, 3, heads, head_dim).unbind(2)
+    attended = call.attention(q, k, v, mask, compute=dtype).view(samples * tokens, inner)
+    scales = (gamma, factors)
+    expected = call.linear_residual(attended, proj, proj_b, x, *scales, rows_per_sample=tokens, compute=dtype)
+    projections = [(w, b)] if packed else list(zip(w.chunk(3), b.chunk(3), strict=True))
+    actual = call.self_attention(
+        x, projections, proj, proj_b, gain, shift, mask, *scales, samples, heads, compute=dtype
+    )
+    assert torch.equal(actual, expected)
