@@ -22,10 +22,12 @@ import fastvit
 from benchmarks import (
     bench_attention,
     bench_linear_residual,
+    bench_mlp,
     bench_model,
     bench_norm_linear,
     bench_patch_embed,
     bench_pool,
+    bench_self_attention,
 )
 from benchmarks.case import BATCHES, Case, Row, measure
 from fastvit._compat import import_library
@@ -36,6 +38,8 @@ BENCHMARKS: dict[str, ModuleType] = {
     "norm_linear": bench_norm_linear,
     "attention": bench_attention,
     "linear_residual": bench_linear_residual,
+    "self_attention": bench_self_attention,
+    "mlp": bench_mlp,
     "pool": bench_pool,
     "model": bench_model,
 }

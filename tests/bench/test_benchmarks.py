@@ -11,15 +11,25 @@ import torch
 from benchmarks import (
     bench_attention,
     bench_linear_residual,
+    bench_mlp,
     bench_model,
     bench_norm_linear,
     bench_patch_embed,
     bench_pool,
+    bench_self_attention,
     case,
     cpu,
 )
 
-OPERATORS = (bench_patch_embed, bench_norm_linear, bench_attention, bench_linear_residual, bench_pool)
+OPERATORS = (
+    bench_patch_embed,
+    bench_norm_linear,
+    bench_attention,
+    bench_linear_residual,
+    bench_self_attention,
+    bench_mlp,
+    bench_pool,
+)
 TINY = case.Width("tiny", dim=32, num_heads=2, tokens=17, patch_size=8, image_size=32, num_classes=10)
 
 
