@@ -6,6 +6,7 @@ In float16 and bfloat16 they round where eager PyTorch rounds.  Mixed float dtyp
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -124,22 +125,15 @@ def self_attention(
     drop_path: Tensor | None = None,
 ) -> Tensor:
     """x + drop_path * layer_scale * proj(attention(qkv(norm(x)))); arguments as in `fastvit.ops.self_attention`."""
-    normal = {"norm": norm, "norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
+    project = partial(norm_linear, x, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps)
     if isinstance(qkv_weight, tuple):
         biases = qkv_bias if isinstance(qkv_bias, tuple) else (None,) * 3
-        q, k, v = (
-            norm_linear(x, w, b, **normal).unflatten(-1, (num_heads, -1))  # type: ignore[arg-type]
-            for w, b in zip(qkv_weight, biases, strict=True)
-        )
+        pairs = zip(qkv_weight, biases, strict=True)
+        q, k, v = (project(weight, bias_).unflatten(-1, (num_heads, -1)) for weight, bias_ in pairs)
         heads = attention(q, k, v, scale=scale, bias=bias)
     else:
         assert not isinstance(qkv_bias, tuple)
-        heads = attention_qkvpacked(
-            norm_linear(x, qkv_weight, qkv_bias, **normal),  # type: ignore[arg-type]
-            num_heads,
-            scale=scale,
-            bias=bias,
-        )
+        heads = attention_qkvpacked(project(qkv_weight, qkv_bias), num_heads, scale=scale, bias=bias)
     return linear_residual(heads, proj_weight, proj_bias, residual=x, layer_scale=layer_scale, drop_path=drop_path)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -94,6 +96,15 @@ def test_more_samples_than_one_group():
     args, kwargs = arguments(45, 197, 4, 128, d=16)
     bias = nasty.vector(45 * 197).view(45, 1, 1, 197)
     check("self_attention", *args, **kwargs, bias=bias, dtype=torch.float32)
+
+
+def test_a_sample_too_large_for_scratch(monkeypatch):
+    module = sys.modules["fastvit.ops.self_attention"]
+    args, kwargs = in_dtype(*arguments(2, 29, 2, 32), torch.float32)
+    expected = ops.self_attention(*args, **kwargs)
+    monkeypatch.setattr(module, "_MOST_SCRATCH", 4 * 29 * 64 * 4 - 1)
+    monkeypatch.setattr(ops._backend.extension(), "self_attention", None)
+    assert torch.equal(ops.self_attention(*args, **kwargs), expected)
 
 
 @pytest.mark.parametrize("missing", ["qkv_bias", "proj_bias", "norm_weight", "norm_bias", "layer_scale", "drop_path"])
