@@ -47,6 +47,8 @@ class _Parser(argparse.ArgumentParser):
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if isinstance(action.default, list):  # as it would be typed
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         # A default of None or False says nothing.
         return super()._get_help_string(action) if action.default else action.help
 
