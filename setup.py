@@ -283,7 +283,8 @@ class Plan:
                 compile_edge("nvcc", source)
             for source in sorted(CSRC.glob("cuda/*.cpp")):
                 compile_edge("cxx", source, extra=self.cuda_flags)
-        compile_edge("cxx", CSRC / "bindings.cpp", extra=self.cuda_flags)
+        for source in sorted(CSRC.glob("*.cpp")):
+            compile_edge("cxx", source, extra=self.cuda_flags)
         rules.append(f"build {escape(target)}: link {' '.join(objects)}\ndefault {escape(target)}\n")
         return "\n".join(rules)
 

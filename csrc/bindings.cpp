@@ -13,6 +13,8 @@
 #include "cpu/dispatch.h"
 #include "cpu/runtime.h"
 #include "cpu/types.h"
+#include "prepared.h"
+#include "tensor.h"
 
 namespace py = pybind11;
 
@@ -25,22 +27,6 @@ void bind(py::module_& module);
 #endif
 
 namespace {
-
-View make_view(uintptr_t data, int dtype, const py::tuple& sizes, const py::tuple& strides) {
-  if (sizes.size() > kMaxDims || sizes.size() != strides.size()) {
-    throw std::invalid_argument("View: sizes and strides must have equal length, at most " +
-                                std::to_string(kMaxDims));
-  }
-  View view{};
-  view.data = reinterpret_cast<void*>(data);
-  view.dtype = static_cast<DType>(dtype);
-  view.ndim = static_cast<int>(sizes.size());
-  for (int i = 0; i < view.ndim; ++i) {
-    view.size[i] = sizes[i].cast<int64_t>();
-    view.stride[i] = strides[i].cast<int64_t>();
-  }
-  return view;
-}
 
 using Release = py::call_guard<py::gil_scoped_release>;
 
@@ -176,6 +162,8 @@ PYBIND11_MODULE(_C, m) {
                    "A strided array owned by the caller; strides count elements.")
       .def(py::init(&make_view), py::arg("data_ptr"), py::arg("dtype"), py::arg("sizes"),
            py::arg("strides"));
+  m.def("view", &view_of, py::arg("tensor"), "A torch tensor as a View.");
+  bind_prepared(m);
 
   m.def("patch_embed", &patch_embed, Release(), py::arg("out"), py::arg("image"), py::arg("weight"),
         py::arg("bias"), py::arg("pos_embed"), py::arg("prefix"), py::arg("channel_scale"),

@@ -40,6 +40,7 @@ class BlockParts(NamedTuple):
     layer_scale2: Tensor | None
     drop_path2: nn.Module | None
     dropouts: tuple[Dropout, ...]
+    config: Any = None  # an object outside the modules whose attributes were read
 
 
 class NotServed(Exception):

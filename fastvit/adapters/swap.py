@@ -25,6 +25,7 @@ from fastvit.adapters.parts import (
     mode_obstacle,
     run_block,
 )
+from fastvit.adapters.prepared import forget, prepare, run_prepared
 
 # Why a module last ran its original forward; beside the modules, so that they gain no attribute.
 _fallbacks: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
@@ -56,12 +57,14 @@ class Fused:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickle and deepcopy look classes up by name, and the made class shares its original's name.
+        forget(self)  # type: ignore[arg-type]
         return _rebuild, self.fastvit_recipe, *super().__reduce_ex__(protocol)[2:]
 
     def __prepare_scriptable__(self) -> nn.Module:
         """torch.jit.script compiles the original's source."""
         twin = self.fastvit_original.__new__(self.fastvit_original)
         twin.__dict__.update(self.__dict__)
+        forget(twin)
         return twin
 
 
@@ -78,6 +81,9 @@ class FusedBlock(Fused):
         block: Any = self
         obstacle, x = _hidden_states(args, kwargs)
         out = None
+        compiling = torch.compiler.is_compiling()
+        if obstacle is None and not compiling and (out := run_prepared(block, x)) is not None:
+            return (out,) if self.fastvit_returns_tuple else out
         if obstacle is None:
             inner = descendants(block)
             obstacle = self._structure_obstacle(inner) or listener_obstacle(inner)
@@ -87,10 +93,14 @@ class FusedBlock(Fused):
                 obstacle = block_obstacle(parts, x)
                 if obstacle is None:
                     out = run_block(parts, x)
+                    if not compiling:
+                        prepare(block, inner, parts, x)
             except (NotServed, ValueError, TypeError) as reason:
                 obstacle = str(reason)
         note_fallback(block, obstacle)
         if out is None:
+            if not compiling:
+                forget(block)  # a prepared call would leave the note
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         return (out,) if self.fastvit_returns_tuple else out
 
@@ -218,6 +228,7 @@ def swap_out(module: nn.Module) -> None:
     if is_fused(module):
         if has_own_forward(module):
             module.__dict__.pop("forward", None)
+        forget(module)
         module.__class__ = _without_fusion(type(module))
         _fallbacks.pop(module, None)
 

@@ -149,4 +149,5 @@ def read(block: nn.Module) -> BlockParts:
         layer_scale2=layer_scale(child(block, "layer_scale2"), "lambda1"),
         drop_path2=drop_path,
         dropouts=tuple(drops),
+        config=config,
     )

@@ -98,12 +98,8 @@ def code(dtype: torch.dtype) -> int:
 
 
 def view(t: Tensor | None) -> Any:
-    """`t` as the extension sees it: pointer, dtype code, sizes, strides in elements.  None stays None."""
-    if t is None:
-        return None
-    ext = extension()
-    assert ext is not None
-    return ext.View(t.data_ptr(), _DTYPE_CODES[t.dtype], tuple(t.shape), t.stride())
+    """`t` as the extension sees it: pointer, dtype, sizes, strides in elements.  None stays None."""
+    return None if t is None else extension().view(t)  # type: ignore[union-attr]
 
 
 def contiguous(t: Tensor | None) -> Tensor | None:

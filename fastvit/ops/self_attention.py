@@ -16,7 +16,7 @@ from fastvit.ops.linear_residual import kernel as linear_residual_kernel
 from fastvit.ops.norm_linear import kernel as norm_linear_kernel
 
 # Bytes of q, k, v and heads of one sample, beyond which a thread should not keep them for good.
-_MOST_SCRATCH = 64 << 20
+MOST_SCRATCH = 64 << 20
 
 Three = tuple[Tensor, Tensor, Tensor]
 OptionalThree = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -191,7 +191,7 @@ def _kernel(*arguments: Any) -> Tensor:
     compute = a.dtype or a.x.dtype
     backend = _backend.choose(a.x, compute, *(t for t in arguments[1:] if isinstance(t, Tensor)))
     scratch = 4 * a.x.shape[1] * a.proj_weight.shape[1] * compute.itemsize
-    if backend != "cpp" or scratch > _MOST_SCRATCH:
+    if backend != "cpp" or scratch > MOST_SCRATCH:
         return _composed(a)
     view, contiguous = _backend.view, _backend.contiguous
     # Named, so that a contiguous copy lives until the call returns.

@@ -1,0 +1,271 @@
+#include "prepared.h"
+
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/types.h"
+#include "tensor.h"
+
+namespace py = pybind11;
+
+namespace fastvit {
+namespace {
+
+// The state of Python objects as it was: types, instance dictionaries, and the dictionaries
+// directly inside these. Only addresses are compared: nothing is hashed and nothing of Python runs,
+// because a block's state is thousands of bytes, cold in cache at every call.
+//
+// It owns nothing, so that no cycle keeps a model alive; whoever owns it holds on to `kept` for as
+// long, and no address can come to mean another object.
+class Snapshot {
+ public:
+  // objects: the first one is the owner. dicts: more dictionaries. forwards: (type, its `forward`).
+  // ignored: a key of dictionaries that may come and go. kept: takes what must be kept alive.
+  Snapshot(const py::list& objects, const py::list& dicts, const py::list& forwards,
+           const py::str& ignored, py::list kept)
+      : ignored_(ignored.ptr()) {
+    kept.append(ignored);
+    for (const py::handle object : objects) {
+      const auto dict = py::getattr(object, "__dict__").cast<py::dict>();
+      objects_.push_back({object.ptr(), Py_TYPE(object.ptr()), dict.ptr()});
+      kept.append(py::type::of(object));
+      if (objects_.size() > 1) {
+        kept.append(object);
+        kept.append(dict);
+      }
+      add(dict, kept);
+      for (const auto& [key, value] : dict) {
+        if (PyDict_Check(value.ptr())) add(py::reinterpret_borrow<py::dict>(value), kept);
+      }
+    }
+    for (const py::handle dict : dicts) {
+      kept.append(dict);
+      add(py::reinterpret_borrow<py::dict>(dict), kept);
+    }
+    for (const py::handle pair : forwards) {
+      kept.append(pair);
+      forwards_.emplace_back(PyTuple_GetItem(pair.ptr(), 0), PyTuple_GetItem(pair.ptr(), 1));
+    }
+  }
+
+  bool holds(py::handle owner) const {
+    if (owner.ptr() != objects_.front().self) return false;
+    for (const Object& object : objects_) {
+      if (Py_TYPE(object.self) != object.type) return false;
+      PyObject* dict = PyObject_GenericGetDict(object.self, nullptr);
+      Py_XDECREF(dict);  // the object keeps it
+      if (dict != object.dict) return false;
+    }
+    for (const Dict& dict : dicts_) {
+      if (!same(dict)) return false;
+    }
+    static PyObject* const name = PyUnicode_InternFromString("forward");
+    for (const auto& [type, expected] : forwards_) {
+      PyObject* forward = PyObject_GetAttr(type, name);
+      if (forward == nullptr) PyErr_Clear();
+      Py_XDECREF(forward);  // the type keeps it
+      if (forward != expected) return false;
+    }
+    return true;
+  }
+
+ private:
+  struct Object {
+    PyObject* self;
+    PyTypeObject* type;
+    PyObject* dict;
+  };
+  struct Dict {
+    PyObject* self;
+    size_t first, end;  // of items_
+  };
+
+  void add(const py::dict& dict, py::list& kept) {
+    const size_t first = items_.size();
+    for (const auto& [key, value] : dict) {
+      if (key.ptr() == ignored_) continue;
+      kept.append(key);
+      kept.append(value);
+      items_.emplace_back(key.ptr(), value.ptr());
+    }
+    dicts_.push_back({dict.ptr(), first, items_.size()});
+  }
+
+  bool same(const Dict& dict) const {
+    size_t at = dict.first;
+    Py_ssize_t position = 0;
+    PyObject *key, *value;
+    while (PyDict_Next(dict.self, &position, &key, &value)) {
+      if (key == ignored_) continue;
+      if (at == dict.end || items_[at].first != key || items_[at].second != value) return false;
+      ++at;
+    }
+    return at == dict.end;
+  }
+
+  PyObject* ignored_;
+  std::vector<Object> objects_;
+  std::vector<Dict> dicts_;
+  std::vector<std::pair<PyObject*, PyObject*>> items_, forwards_;
+};
+
+bool same(const View& a, const View& b) {
+  if (a.data != b.data || a.dtype != b.dtype || a.ndim != b.ndim) return false;
+  for (int i = 0; i < a.ndim; ++i) {
+    if (a.size[i] != b.size[i] || a.stride[i] != b.stride[i]) return false;
+  }
+  return true;
+}
+
+// Both halves of a pre-norm block, for inference on the CPU. `run` is true to what fastvit.ops
+// checked once, or does nothing.
+class PreparedBlock {
+ public:
+  // operands: tensors or None, in the order of Operand.
+  PreparedBlock(Snapshot snapshot, const std::vector<py::object>& operands, int64_t num_heads,
+                float scale, std::pair<int, float> norm1, std::pair<int, float> norm2,
+                int activation, int64_t most_scratch)
+      : snapshot_(std::move(snapshot)),
+        num_heads_(num_heads),
+        scale_(scale),
+        norm1_(norm1),
+        norm2_(norm2),
+        activation_(static_cast<Activation>(activation)),
+        most_scratch_(most_scratch) {
+    if (operands.size() != kOperands) throw std::invalid_argument("operands: one is missing");
+    for (int i = 0; i < kOperands; ++i) {
+      if (operands[i].is_none()) continue;
+      tensors_[i] = operands[i].ptr();
+      views_[i] = view_of(operands[i]);
+    }
+  }
+
+  // out = block(x), both (B, N, D); false if anything is not as it was, or x can't be served.
+  bool run(py::handle block, py::handle out, py::handle x, int num_threads) const {
+    if (!snapshot_.holds(block)) return false;
+    View in, result;
+    try {
+      for (int i = 0; i < kOperands; ++i) {
+        if (tensors_[i] != nullptr && !same(view_of(tensors_[i]), views_[i])) return false;
+      }
+      in = view_of(x);
+      result = view_of(out);
+    } catch (const std::exception&) {  // a tensor without memory, or of a dtype for no kernel
+      return false;
+    }
+    const View &qkv = views_[kQWeight], &proj = views_[kProjWeight];
+    const int64_t features = qkv.size[1];
+    if (in.ndim != 3 || in.dtype != qkv.dtype || in.size[2] != features) return false;
+    const int64_t samples = in.size[0], tokens = in.size[1],
+                  bytes = in.dtype == DType::kF32 ? 4 : 2;
+    if (samples * tokens == 0 || in.stride[2] != 1 || in.stride[1] != features ||
+        in.stride[0] != tokens * features || 4 * tokens * proj.size[1] * bytes > most_scratch_) {
+      return false;
+    }
+    for (View* each : {&in, &result}) {
+      each->ndim = 2;
+      each->size[0] = samples * tokens, each->size[1] = features;
+      each->stride[0] = features, each->stride[1] = 1;
+    }
+    const Compute compute = in.dtype == DType::kF32 ? Compute::kF32 : Compute::kBF16;
+    const cpu::SelfAttentionArgs first{result,
+                                       in,
+                                       {get(kQWeight), get(kKWeight), get(kVWeight)},
+                                       {get(kQBias), get(kKBias), get(kVBias)},
+                                       get(kKWeight) != nullptr ? 3 : 1,
+                                       proj,
+                                       get(kProjBias),
+                                       get(kNorm1Weight),
+                                       get(kNorm1Bias),
+                                       static_cast<Norm>(norm1_.first),
+                                       norm1_.second,
+                                       nullptr,
+                                       scale_,
+                                       get(kLayerScale1),
+                                       nullptr,
+                                       samples,
+                                       num_heads_,
+                                       compute,
+                                       num_threads};
+    const cpu::MlpArgs second{result,
+                              result,
+                              views_[kFc1Weight],
+                              views_[kFc2Weight],
+                              get(kFc1Bias),
+                              get(kFc2Bias),
+                              get(kNorm2Weight),
+                              get(kNorm2Bias),
+                              static_cast<Norm>(norm2_.first),
+                              norm2_.second,
+                              activation_,
+                              get(kLayerScale2),
+                              nullptr,
+                              tokens,
+                              compute,
+                              num_threads};
+    const py::gil_scoped_release release;
+    cpu::self_attention(first);
+    cpu::kernels().mlp(second);
+    return true;
+  }
+
+ private:
+  enum Operand {
+    kNorm1Weight,
+    kNorm1Bias,
+    kQWeight,  // or all three, packed
+    kQBias,
+    kKWeight,
+    kKBias,
+    kVWeight,
+    kVBias,
+    kProjWeight,
+    kProjBias,
+    kLayerScale1,
+    kNorm2Weight,
+    kNorm2Bias,
+    kFc1Weight,
+    kFc1Bias,
+    kFc2Weight,
+    kFc2Bias,
+    kLayerScale2,
+    kOperands
+  };
+
+  const View* get(Operand i) const { return tensors_[i] != nullptr ? &views_[i] : nullptr; }
+
+  Snapshot snapshot_;
+  PyObject* tensors_[kOperands] = {};
+  View views_[kOperands] = {};
+  int64_t num_heads_;
+  float scale_;
+  std::pair<int, float> norm1_, norm2_;
+  Activation activation_;
+  int64_t most_scratch_;
+};
+
+}  // namespace
+
+void bind_prepared(py::module_& m) {
+  py::class_<Snapshot>(
+      m, "Snapshot", py::module_local(),
+      "Types, instance dictionaries and the dictionaries in them, as they are now.")
+      .def(py::init<const py::list&, const py::list&, const py::list&, const py::str&, py::list>(),
+           py::arg("objects"), py::arg("dicts"), py::arg("forwards"), py::arg("ignored"),
+           py::arg("kept"))
+      .def("holds", &Snapshot::holds, py::arg("owner"));
+  py::class_<PreparedBlock>(m, "PreparedBlock", py::module_local(),
+                            "A block's call with its arguments checked. It owns no Python object.")
+      .def(py::init<Snapshot, const std::vector<py::object>&, int64_t, float, std::pair<int, float>,
+                    std::pair<int, float>, int, int64_t>(),
+           py::arg("snapshot"), py::arg("operands"), py::arg("num_heads"), py::arg("scale"),
+           py::arg("norm1"), py::arg("norm2"), py::arg("activation"), py::arg("most_scratch"))
+      .def("run", &PreparedBlock::run, py::arg("block"), py::arg("out"), py::arg("x"),
+           py::arg("num_threads"));
+}
+
+}  // namespace fastvit
