@@ -250,12 +250,16 @@ class Attention {
     const int64_t padded = round_up(keys, kLanes);
     for (int64_t j = keys; j < padded; ++j) s[j] = s[0];  // leaves the maximum alone
 
-    f32v best[2] = {set1(-kInfinity), set1(-kInfinity)};
-    for (int64_t j = 0; j < padded; j += kLanes) {
-      f32v& chain = best[j / kLanes % 2];
-      chain = at_least(load(s + j) * set1(scale), chain);
+    f32v best[4] = {set1(-kInfinity), set1(-kInfinity), set1(-kInfinity), set1(-kInfinity)};
+    int64_t at = 0;
+    for (; at + 4 * kLanes <= padded; at += 4 * kLanes) {
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) {
+        best[c] = at_least(load(s + at + c * kLanes) * set1(scale), best[c]);
+      }
     }
-    float highest = reduce_max(at_least(best[0], best[1]));
+    for (; at < padded; at += kLanes) best[0] = at_least(load(s + at) * set1(scale), best[0]);
+    float highest = reduce_max(at_least(at_least(best[0], best[1]), at_least(best[2], best[3])));
     const bool later = k0 > 0;
     if (later && w.row_max[row] > highest) highest = w.row_max[row];
     const f32v shift = set1(highest == -kInfinity ? 0.0f : -highest);

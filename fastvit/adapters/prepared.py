@@ -39,6 +39,8 @@ def run_prepared(block: nn.Module, x: Any) -> Tensor | None:
 
 def prepare(block: nn.Module, inner: list[nn.Module], parts: BlockParts, x: Tensor) -> None:
     """Remember a call that was just served, if the C++ kernels can serve the next one unseen."""
+    if (extension := _backend.extension()) is None:
+        return
     modules = [block, *inner]
     # A hook that is here was idle in this call only.
     if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in modules):
@@ -55,8 +57,6 @@ def prepare(block: nn.Module, inner: list[nn.Module], parts: BlockParts, x: Tens
     ]
     if not all(t is None or (_is_plain(t) and t.is_contiguous() and t.dtype in _DTYPES) for t in operands):
         return
-    extension = _backend.extension()
-    assert extension is not None
     hooks = torch.nn.modules.module
     dicts = [
         hooks._global_forward_hooks,
@@ -92,7 +92,7 @@ def _is_plain_inference(x: Any) -> bool:
     return (
         not torch.is_grad_enabled()
         and _is_plain(x)
-        and _backend.choose(x, x.dtype) == "cpp"
+        and _backend.may_run("cpp")
         and not torch.is_autocast_enabled("cpu")
         and mode_obstacle() is None
         and not torch._C._len_torch_function_stack()

@@ -149,6 +149,8 @@ _HARMLESS = {"output_hidden_states", "return_dict", "interpolate_pos_encoding"}
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | None, Any]:
     """(why not, None) or (None, hidden states): the fused path takes one tensor and no other demand."""
+    if len(args) == 1 and not kwargs:
+        return None, args[0]
     named = {k: v for k, v in kwargs.items() if v is not None and v is not False and k not in _HARMLESS}
     extra = [type(a).__name__ for a in args[1:] if a is not None and a is not False]
     x = args[0] if args else named.pop("hidden_states", named.pop("x", named.pop("input", None)))

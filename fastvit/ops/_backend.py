@@ -39,6 +39,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def may_run(name: str) -> bool:
+    """Is no other backend forced?"""
+    return _forced.get() in ("auto", name)
+
+
 @functools.cache
 def extension() -> ModuleType | None:
     """The compiled extension `fastvit._C`, or None where it was not built.

@@ -85,6 +85,7 @@ def test_empty(shape):
 @given(t=st.integers(1, 70), d=st.integers(2, 200), h=st.integers(1, 300), gated=st.booleans(), bf16=st.booleans())
 def test_any_shape(t, d, h, gated, bf16):
     assume(t * d >= 16)  # fewer may cancel to nearly nothing, and relative error with them
+    assume(d >= 8 or not bf16)  # a norm over few channels leaves few different rows, whose errors don't average
     args, kwargs = arguments(1, t, d, h, activation="swiglu" if gated else "gelu", vectors=False)
     check("mlp", *args, **kwargs, dtype=torch.bfloat16 if bf16 else torch.float32)
 

@@ -92,6 +92,7 @@ def test_half_and_double_run_the_reference():
 @given(m=st.integers(1, 70), k=st.integers(1, 300), n=st.integers(1, 150), bf16=st.booleans())
 def test_any_shape(m, k, n, bf16):
     assume(m * n >= 16)  # fewer may cancel to nearly nothing, and relative error with them
+    assume(k >= 8 or not bf16)  # a norm over few channels leaves few different rows, whose errors don't average
     args, kwargs = arguments(m, k, n)
     check("norm_linear", *args, **kwargs, activation="gelu", dtype=torch.bfloat16 if bf16 else torch.float32)
 

@@ -141,6 +141,7 @@ def test_empty(shape):
 )
 def test_any_shape(b, t, heads, head_dim, d, bf16):
     assume(b * t * d >= 16)  # fewer may cancel to nearly nothing, and relative error with them
+    assume(d >= 8 or not bf16)  # a norm over few channels leaves few different rows, whose errors don't average
     args, kwargs = arguments(b, t, heads, head_dim, d=d, vectors=False)
     check("self_attention", *args, **kwargs, dtype=torch.bfloat16 if bf16 else torch.float32)
 
