@@ -159,9 +159,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fastvit's compiled kernels. Use fastvit.ops, which checks arguments.";
 
   py::class_<View>(m, "View", py::module_local(),
-                   "A strided array owned by the caller; strides count elements.")
-      .def(py::init(&make_view), py::arg("data_ptr"), py::arg("dtype"), py::arg("sizes"),
-           py::arg("strides"));
+                   "A strided array owned by the caller; strides count elements.");
   m.def("view", &view_of, py::arg("tensor"), "A torch tensor as a View.");
   bind_prepared(m);
 

@@ -1,5 +1,7 @@
 #include "tensor.h"
 
+#include <pybind11/gil_safe_call_once.h>
+
 #include <stdexcept>
 #include <string>
 
@@ -8,18 +10,21 @@ namespace py = pybind11;
 namespace fastvit {
 namespace {
 
+constexpr int kDTypes = 4;
+
 // Attribute names and dtypes that live as long as the process.
 struct Torch {
   PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   PyObject* dtype = PyUnicode_InternFromString("dtype");
   PyObject* shape = PyUnicode_InternFromString("shape");
   PyObject* stride = PyUnicode_InternFromString("stride");
-  PyObject* dtypes[3];
+  PyObject* dtypes[kDTypes];
 
   Torch() {
     const py::module_ torch = py::module_::import("torch");
-    const char* names[] = {"float32", "bfloat16", "uint8"};  // in the order of DType
-    for (int i = 0; i < 3; ++i) dtypes[i] = py::object(torch.attr(names[i])).release().ptr();
+    // The order of DType, and then of cuda/kernels.h.
+    const char* names[] = {"float32", "bfloat16", "uint8", "float16"};
+    for (int i = 0; i < kDTypes; ++i) dtypes[i] = py::object(torch.attr(names[i])).release().ptr();
   }
 };
 
@@ -36,33 +41,32 @@ void read_tuple(const py::object& source, int64_t* out) {
 
 }  // namespace
 
-View make_view(uintptr_t data, int dtype, const py::tuple& sizes, const py::tuple& strides) {
-  if (sizes.size() > kMaxDims || sizes.size() != strides.size()) {
-    throw std::invalid_argument("View: sizes and strides must have equal length, at most " +
-                                std::to_string(kMaxDims));
-  }
-  View view{};
-  view.data = reinterpret_cast<void*>(data);
-  view.dtype = static_cast<DType>(dtype);
-  view.ndim = static_cast<int>(sizes.size());
-  read_tuple(sizes, view.size);
-  read_tuple(strides, view.stride);
-  return view;
-}
-
 View view_of(py::handle tensor) {
-  static const Torch& torch = *new Torch;
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Torch> once;
+  const Torch& torch = once.call_once_and_store_result([] { return Torch(); }).get_stored();
   PyObject* t = tensor.ptr();
   const py::object dtype = checked(PyObject_GetAttr(t, torch.dtype));
   int code = 0;
-  while (code < 3 && torch.dtypes[code] != dtype.ptr()) ++code;
-  if (code == 3) {
+  while (code < kDTypes && torch.dtypes[code] != dtype.ptr()) ++code;
+  if (code == kDTypes) {
     throw std::invalid_argument("dtype " + std::string(py::str(dtype)) +
-                                " is not accepted; accepted: float32, bfloat16, uint8");
+                                " is not accepted; accepted: float32, bfloat16, float16, uint8");
   }
   const py::object data = checked(PyObject_CallMethodNoArgs(t, torch.data_ptr));
-  return make_view(PyLong_AsSize_t(data.ptr()), code, checked(PyObject_GetAttr(t, torch.shape)),
-                   checked(PyObject_CallMethodNoArgs(t, torch.stride)));
+  const py::object shape = checked(PyObject_GetAttr(t, torch.shape));
+  const py::object stride = checked(PyObject_CallMethodNoArgs(t, torch.stride));
+  if (PyTuple_GET_SIZE(shape.ptr()) > kMaxDims) {
+    throw std::invalid_argument("shape " + std::string(py::str(shape)) +
+                                " is not accepted; accepted: at most " + std::to_string(kMaxDims) +
+                                " dimensions");
+  }
+  View view{};
+  view.data = PyLong_AsVoidPtr(data.ptr());
+  view.dtype = static_cast<DType>(code);
+  view.ndim = static_cast<int>(PyTuple_GET_SIZE(shape.ptr()));
+  read_tuple(shape, view.size);
+  read_tuple(stride, view.stride);
+  return view;
 }
 
 }  // namespace fastvit

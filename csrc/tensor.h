@@ -8,10 +8,7 @@
 
 namespace fastvit {
 
-View make_view(uintptr_t data, int dtype, const pybind11::tuple& sizes,
-               const pybind11::tuple& strides);
-
-// Throws std::invalid_argument for a dtype that no kernel takes.
+// Throws std::invalid_argument for a dtype or a number of dimensions that no kernel takes.
 View view_of(pybind11::handle tensor);
 
 }  // namespace fastvit

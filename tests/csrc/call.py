@@ -7,14 +7,13 @@ from torch import Tensor
 
 from fastvit import _C
 
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "swiglu")
 NORMS = ("none", "layer", "rms")
 MODES = ("token", "avg", "norm_avg")
 
 
 def view(t: Tensor | None) -> _C.View | None:
-    return None if t is None else _C.View(t.data_ptr(), CODES[t.dtype], tuple(t.shape), t.stride())
+    return None if t is None else _C.view(t)
 
 
 def compute_code(dtype: torch.dtype) -> int:

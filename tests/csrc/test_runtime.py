@@ -120,3 +120,12 @@ def test_after_fork() -> None:
     finally:
         process.kill()
         process.join()
+
+
+def test_views_of_what_no_kernel_takes():
+    with pytest.raises(ValueError, match=r"dtype torch.float64 is not accepted; accepted: float32, bfloat16"):
+        _C.view(torch.zeros(2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="at most 6 dimensions"):
+        _C.view(torch.zeros(1, 1, 1, 1, 1, 1, 1))
+    with pytest.raises(AttributeError):
+        _C.view("x")

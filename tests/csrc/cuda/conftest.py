@@ -19,7 +19,6 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[3]
 CSRC = ROOT / "csrc"
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 3}
 
 
 @dataclass
@@ -33,7 +32,7 @@ class Kernels:
         if t is None:
             return None
         assert t.device.type == self.device
-        return self.module.View(t.data_ptr(), CODES[t.dtype], tuple(t.shape), t.stride())
+        return self.module.view(t)
 
     @property
     def stream(self) -> int:
@@ -48,8 +47,9 @@ def build_on_host(folder: Path) -> ModuleType:
         pytest.skip(f"no C++ compiler ({compiler[0]})")
     include = [Path(__file__).parent / "host", CSRC, pybind11.get_include(), sysconfig.get_paths()["include"]]
     flags = ["-std=c++17", "-O1", "-fPIC", "-Wno-unknown-pragmas", *(f"-I{path}" for path in include)]
-    sources = [*CSRC.glob("cuda/*.cu"), *CSRC.glob("cuda/*.cpp"), Path(__file__).parent / "host" / "module.cpp"]
-    assert len(sources) == 5
+    cuda = [*CSRC.glob("cuda/*.cu"), *CSRC.glob("cuda/*.cpp")]
+    sources = [*cuda, CSRC / "tensor.cpp", Path(__file__).parent / "host" / "module.cpp"]
+    assert len(sources) == 6
 
     def compile_one(source: Path) -> str:
         out = str(folder / f"{source.name}.o")

@@ -2,7 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "cpu/types.h"
+#include "tensor.h"
 
 namespace py = pybind11;
 
@@ -11,18 +11,7 @@ void bind(py::module_& module);
 }
 
 PYBIND11_MODULE(cuda_on_host, m) {
-  py::class_<fastvit::View>(m, "View", py::module_local())
-      .def(
-          py::init([](uintptr_t data, int dtype, const py::tuple& sizes, const py::tuple& strides) {
-            fastvit::View view{};
-            view.data = reinterpret_cast<void*>(data);
-            view.dtype = static_cast<fastvit::DType>(dtype);
-            view.ndim = static_cast<int>(sizes.size());
-            for (int i = 0; i < view.ndim; ++i) {
-              view.size[i] = sizes[i].cast<int64_t>();
-              view.stride[i] = strides[i].cast<int64_t>();
-            }
-            return view;
-          }));
+  py::class_<fastvit::View>(m, "View", py::module_local());
+  m.def("view", &fastvit::view_of);
   fastvit::cuda::bind(m);
 }
