@@ -106,6 +106,7 @@ def measure(case: Case, seconds: float = 1.0) -> Row:
         dtype=case.tensors[0].dtype,
         device=case.device,
         seconds=seconds,
+        min_rounds=5,
     )
     limits: dict[str, float] = {}
     if result.peak:

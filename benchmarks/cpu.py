@@ -107,7 +107,10 @@ def main() -> int:
     environment = fastvit.env()
     cpu = environment["cpu"]
     machine = f"{cpu['name']}, {cpu['isa'] or 'no extension'}, {cpu['torch_threads']} threads"
-    print(f"{machine}\n{'operator':<16}{'case':<40}{'dtype':<6}{'eager ms':>10}{'fast ms':>10}{'':>9}")
+    print(
+        f"{machine}\n{'operator':<16}{'case':<40}{'dtype':<6}{'eager ms':>10}{'fast ms':>10}{'speed-up':>9}  "
+        f"{'share of its limit':<20}{'eager err':>9}{'fast err':>9}"
+    )
     rows = []
     for case in cases(arguments.only):
         rows.append(measure(case, arguments.seconds))
@@ -116,7 +119,8 @@ def main() -> int:
     name = re.sub(r"[^a-z0-9]+", "-", f"{cpu['name']} {cpu['isa'] or 'plain'}".lower()).strip("-")
     folder: Path = arguments.output or RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"environment": environment, "rows": [asdict(r) for r in rows]}
+    # What figures depend on, without the paths of one machine.
+    record = {"environment": {key: environment[key] for key in ("versions", "cpu")}, "rows": [asdict(r) for r in rows]}
     (folder / "cpu.json").write_text(json.dumps(record, indent=2) + "\n")
     plot(rows, folder / "cpu.png", machine)
     print(f"written: {folder / 'cpu.json'}, {folder / 'cpu.png'}")

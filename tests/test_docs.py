@@ -6,14 +6,17 @@ import re
 import runpy
 from pathlib import Path
 
+import pytest
+
 import fastvit
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_table_of_families_comes_from_the_registry():
-    expected = runpy.run_path(str(ROOT / "docs" / "families.py"))["table"]()
+@pytest.mark.parametrize("script", ["families.py", "results.py"])
+def test_tables_come_from_the_registry_and_from_the_record(script):
+    expected = runpy.run_path(str(ROOT / "docs" / script))["table"]()
     assert expected in README, f"README.md's table is out of date; it should be:\n{expected}"
 
 
