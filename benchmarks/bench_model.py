@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.case import Case, nbytes, run_in_pytest, tensor
 from fastvit import optimize
@@ -14,9 +16,15 @@ from fastvit.bench.models import build, count_flops
 NAMES = ("vit_small_patch16_224", "vit_base_patch16_224")
 
 
-def case(name: str, dtype: torch.dtype, batch: int, device: str = "cpu") -> Case:
+def case(
+    name: str,
+    dtype: torch.dtype,
+    batch: int,
+    device: str = "cpu",
+    make: Callable[[str], tuple[nn.Module, tuple[int, int, int]]] = build,
+) -> Case:
     torch.manual_seed(0)
-    model, size = build(name)
+    model, size = make(name)
     image = tensor(batch, *size, dtype=dtype, device=device, seed=0)
     flops = batch * count_flops(model, image[:1].float().cpu())
     eager = model.to(device, dtype)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvit.bench import DTYPES, passes, peak
-from fastvit.bench.timing import paired
+from fastvit.bench.timing import interleaved
 
 _SHORT = {getattr(torch, long): short for short, long in DTYPES.items()}
 BATCHES = (1, 8)
@@ -46,6 +47,8 @@ class Case:
     # What must cross the memory bus at least once: inputs, weights, output.
     bytes: int
     truth: Callable[[], Tensor] | None = field(default=None, repr=False)
+    # Other implementations of the same, by name.
+    peers: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str:
@@ -79,6 +82,7 @@ class Row:
     fraction_of_limit: float | None
     eager_error: float
     fastvit_error: float
+    peer_milliseconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -100,17 +104,18 @@ def measure(case: Case, seconds: float = 1.0) -> Row:
     truth = case.expected()
     scale = truth.norm()
     errors = [((call(*case.tensors).double() - truth).norm() / scale).item() for call in (case.eager, case.fused)]
-    result = paired(
-        partial(case.eager, *case.tensors),
-        partial(case.fused, *case.tensors),
+    calls = {"eager": case.eager, "fastvit": case.fused, **case.peers}
+    times, rate = interleaved(
+        {name: partial(call, *case.tensors) for name, call in calls.items()},
         dtype=case.tensors[0].dtype,
         device=case.device,
         seconds=seconds,
         min_rounds=5,
     )
+    milliseconds = {name: 1e3 * median(values) for name, values in times.items()}
     limits: dict[str, float] = {}
-    if result.peak:
-        limits["arithmetic"] = case.flops / result.peak
+    if rate:
+        limits["arithmetic"] = case.flops / rate
     if (bandwidth := peak.bandwidth(case.device)) is not None:
         limits["memory"] = case.bytes / bandwidth
     limit = max(limits, key=lambda name: limits[name], default="unknown")
@@ -118,14 +123,15 @@ def measure(case: Case, seconds: float = 1.0) -> Row:
         operator=case.operator,
         name=case.name,
         dtype=case.dtype,
-        pairs=result.rounds,
-        eager_milliseconds=result.baseline_seconds * 1e3,
-        fastvit_milliseconds=result.candidate_seconds * 1e3,
-        speedup=result.speedup,
+        pairs=len(times["eager"]),
+        eager_milliseconds=milliseconds["eager"],
+        fastvit_milliseconds=milliseconds["fastvit"],
+        speedup=median(a / b for a, b in zip(times["eager"], times["fastvit"], strict=True)),
         limit=limit,
-        fraction_of_limit=limits[limit] / result.candidate_seconds if limits else None,
+        fraction_of_limit=1e3 * limits[limit] / milliseconds["fastvit"] if limits else None,
         eager_error=errors[0],
         fastvit_error=errors[1],
+        peer_milliseconds={name: milliseconds[name] for name in case.peers},
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastvit.adapters.parts import run_block
 from fastvit.adapters.swap import descendants
+from fastvit.ops import use_backend
 
 _TOKENS = 5
 _TOLERANCE = 1e-4
@@ -48,6 +49,7 @@ def _try(block: nn.Module, adapter: Any) -> Proof:
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
+        use_backend("reference"),  # whichever the caller forces: it may have no float64
     ):
         torch.manual_seed(0)
         try:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -59,37 +60,60 @@ def paired(
     max_rounds: int = 50,
     on_round: Callable[[float], None] | None = None,
 ) -> Paired:
-    """Measure both in turn until `seconds` are spent.
+    """`interleaved` of two."""
+    times, rate = interleaved(
+        {"baseline": baseline, "candidate": candidate},
+        dtype=dtype,
+        device=device,
+        seconds=seconds,
+        min_rounds=min_rounds,
+        max_rounds=max_rounds,
+        on_round=on_round,
+    )
+    return Paired(times["baseline"], times["candidate"], rate)
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seconds: float = 10.0,
+    min_rounds: int = 2,
+    max_rounds: int = 50,
+    on_round: Callable[[float], None] | None = None,
+) -> tuple[dict[str, list[float]], float | None]:
+    """Seconds per call, measured in turn until `seconds` are spent, and the peak rate in FLOP/s meanwhile.
 
     Args:
-        baseline, candidate: calls to time; each is run once or twice before to warm up.
-        dtype: whose peak rate is measured between the pairs.
+        calls: what to time, by name; each is run once or twice before to warm up.
+        dtype: whose peak rate is measured between the rounds.
         device: "cpu" or "cuda" (waits for the GPU around each call).
-        seconds: budget, warming up included; at least `min_rounds` and at most `max_rounds` pairs are run.
-        on_round: told the fraction done after each pair.
+        seconds: budget, warming up included; at least `min_rounds` and at most `max_rounds` rounds are run.
+        on_round: told the fraction done after each round.
     """
     start = time.perf_counter()
-    repeat = max(_repeat(call, device) for call in (baseline, candidate))
-
-    def sample(call: Callable[[], Any]) -> float:
-        return peak.seconds_of(lambda: [call() for _ in range(repeat)], device) / repeat
-
-    a: list[float] = []
-    b: list[float] = []
+    repeats = {name: _repeat(call, device) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     peaks: list[float] = []
-    while len(a) < min_rounds or (len(a) < max_rounds and time.perf_counter() - start < seconds):
-        # Who goes first alternates, so that neither always follows the other's cache contents.
-        if len(a) % 2 == 0:
-            a.append(sample(baseline))
-            b.append(sample(candidate))
-        else:
-            b.append(sample(candidate))
-            a.append(sample(baseline))
+    names, done = list(calls), 0
+    while done < min_rounds or (done < max_rounds and time.perf_counter() - start < seconds):
+        # Who goes first changes, so that nobody always follows the same other's cache contents.
+        first = done % len(names)
+        for name in names[first:] + names[:first]:
+            sample = partial(_run, calls[name], repeats[name])
+            times[name].append(peak.seconds_of(sample, device) / repeats[name])
+        done += 1
         if (rate := peak.flops(dtype, device)) is not None:
             peaks.append(rate)
         if on_round is not None:
-            on_round(min(1.0, max((time.perf_counter() - start) / seconds, len(a) / max_rounds)))
-    return Paired(a, b, median(peaks) if peaks else None)
+            on_round(min(1.0, max((time.perf_counter() - start) / seconds, done / max_rounds)))
+    return times, median(peaks) if peaks else None
+
+
+def _run(call: Callable[[], Any], times: int) -> None:
+    for _ in range(times):
+        call()
 
 
 def _repeat(call: Callable[[], Any], device: str) -> int:

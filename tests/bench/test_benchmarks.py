@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from benchmarks import (
     bench_self_attention,
     case,
     cpu,
+    gpu,
 )
 
 OPERATORS = (
@@ -30,7 +35,8 @@ OPERATORS = (
     bench_mlp,
     bench_pool,
 )
-TINY = case.Width("tiny", dim=32, num_heads=2, tokens=17, patch_size=8, image_size=32, num_classes=10)
+ROOT = Path(__file__).parents[2]
+TINY = gpu.TINY
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -77,3 +83,37 @@ def test_a_wrong_kernel_fails_its_benchmark():
     c = bench_pool.case("token", torch.float32, 1, width=TINY)
     wrong = case.Case(c.operator, c.name, c.eager, lambda *t: c.fused(*t) * 1.001, c.tensors, c.flops, c.bytes)
     assert not case.measure(wrong, seconds=1e-3).passed
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_dry(tmp_path):
+    """Every step of `python -m benchmarks.gpu`, in the interpreter; a second run has nothing left to do."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--no-compile", "--output", str(tmp_path)]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert {key.split(":")[0] for key in record["steps"]} == set(gpu.GROUPS)
+    assert all(step["status"] == "ok" for step in record["steps"].values())
+    assert all(step.get("passed", True) for step in record["steps"].values())
+    training = next(step for key, step in record["steps"].items() if key.startswith("training"))
+    assert all(error < 1e-4 for error in training["gradient_errors"].values())
+    assert (tmp_path / "gpu.png").stat().st_size > 5000
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0
+    assert again.stdout.strip().startswith("dry run")  # the table alone
+    assert json.loads((tmp_path / "gpu.json").read_text()) == record
+
+
+def test_a_failing_gpu_step_is_recorded_and_the_next_one_runs(tmp_path):
+    run = gpu.Run("cpu", torch.float32, time.time() + 60, tmp_path / "gpu.json", True, False, {"steps": {}})
+
+    def fail(run):
+        raise RuntimeError("no such kernel\nand more")
+
+    assert gpu.execute(run, gpu.Step("models", "bad", fail))
+    assert gpu.execute(run, gpu.Step("models", "good", lambda run: {"tflops": 1.0}))
+    steps = json.loads(run.path.read_text())["steps"]
+    assert steps["models: bad"]["error"] == "RuntimeError: no such kernel\nand more"
+    assert steps["models: good"]["status"] == "ok"
+    assert "FAILED  RuntimeError: no such kernel" in gpu.summary("models: bad", steps["models: bad"])
