@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks.case import Case, nbytes, run_in_pytest, tensor
+from benchmarks.peers import PEERS, serves
 from fastvit import optimize
 from fastvit.bench.models import build, count_flops
 
@@ -22,6 +23,7 @@ def case(
     batch: int,
     device: str = "cpu",
     make: Callable[[str], tuple[nn.Module, tuple[int, int, int]]] = build,
+    peers: Sequence[str] = (),
 ) -> Case:
     torch.manual_seed(0)
     model, size = make(name)
@@ -37,6 +39,7 @@ def case(
         flops=flops,
         bytes=nbytes(image, *eager.parameters()),
         truth=lambda: copy.deepcopy(eager).double()(image.double()),
+        peers={peer: PEERS[peer](eager, image) for peer in peers if serves(peer, dtype)},
     )
 
 

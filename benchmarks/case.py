@@ -82,6 +82,10 @@ class Row:
     fraction_of_limit: float | None
     eager_error: float
     fastvit_error: float
+    flops: int
+    bytes: int
+    peak: float | None  # FLOP/s, measured between the rounds
+    bandwidth: float | None  # bytes per second of copying
     peer_milliseconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -131,6 +135,10 @@ def measure(case: Case, seconds: float = 1.0) -> Row:
         fraction_of_limit=1e3 * limits[limit] / milliseconds["fastvit"] if limits else None,
         eager_error=errors[0],
         fastvit_error=errors[1],
+        flops=case.flops,
+        bytes=case.bytes,
+        peak=rate,
+        bandwidth=bandwidth,
         peer_milliseconds={name: milliseconds[name] for name in case.peers},
     )
 

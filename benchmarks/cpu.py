@@ -1,8 +1,8 @@
 """Every operator and model against eager PyTorch on this CPU.
 
-    python -m benchmarks.cpu [--seconds 1] [--only attention ...]
+    python -m benchmarks.cpu [--seconds 1] [--only attention ...] [--peers compile openvino onnxruntime]
 
-prints a table and writes cpu.json and cpu.png to benchmarks/results/<device>/.
+prints a table and writes cpu.json, cpu.png and cpu-roofline.png to benchmarks/results/<device>/.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from benchmarks import (
     bench_self_attention,
 )
 from benchmarks.case import BATCHES, Case, Row, measure
-from fastvit._compat import import_library
+from benchmarks.peers import PEERS, missing
+from benchmarks.plots import bars, roofline
 
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS: dict[str, ModuleType] = {
@@ -45,14 +46,15 @@ BENCHMARKS: dict[str, ModuleType] = {
 }
 
 
-def cases(only: list[str] | None, device: str = "cpu") -> Iterator[Case]:
+def cases(only: list[str] | None, peers: list[str]) -> Iterator[Case]:
     for operator, module in BENCHMARKS.items():
         if only and operator not in only:
             continue
         for dtype in (torch.float32, torch.bfloat16):
             for name in module.NAMES:
                 for batch in BATCHES:
-                    yield module.case(name, dtype, batch, device)
+                    more = {"peers": peers} if module is bench_model else {}
+                    yield module.case(name, dtype, batch, **more)
 
 
 def line(row: Row) -> str:
@@ -60,41 +62,9 @@ def line(row: Row) -> str:
     return (
         f"{row.operator:<16}{row.name:<40}{row.dtype:<6}{row.eager_milliseconds:>10.3f}{row.fastvit_milliseconds:>10.3f}"
         f"{row.speedup:>8.2f}x  {share:<20}{row.eager_error:>9.1e}{row.fastvit_error:>9.1e}"
+        f"{''.join(f'  {who} {ms / row.fastvit_milliseconds:.2f}x' for who, ms in row.peer_milliseconds.items())}"
         f"{'' if row.passed else '  WRONG'}"
     )
-
-
-def plot(rows: list[Row], path: Path, machine: str) -> None:
-    """Speed-ups as horizontal bars, with the fraction of the limit beside each."""
-    import_library("matplotlib")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 0.9 + 0.27 * len(rows)), dpi=140, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    colors = {"f32": "#e4572e", "bf16": "#2e4057"}
-    for i, row in enumerate(rows):
-        axes.barh(i, row.speedup, 0.72, color=colors[row.dtype])
-        share = "" if row.fraction_of_limit is None else f"   {100 * row.fraction_of_limit:.0f} % of {row.limit}"
-        axes.annotate(
-            f"{row.speedup:.2f}x{share}",
-            (max(row.speedup, 1.0), i),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-        )
-    axes.axvline(1.0, color="#22252b", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [f"{r.operator}  {r.name}  {r.dtype}" for r in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, max(r.speedup for r in rows) * 1.35)
-    axes.margins(y=0.01)
-    axes.set_title("fastvit: speed-up over eager PyTorch", loc="left", fontweight="bold")
-    axes.set_title(machine, loc="right", fontsize=8.5, color="#6b707b")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    figure.savefig(path)
 
 
 def main() -> int:
@@ -102,6 +72,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="measuring time of a case")
     parser.add_argument("--only", nargs="+", choices=tuple(BENCHMARKS), help="some of the benchmarks")
     parser.add_argument("--output", type=Path, help="a folder (default: benchmarks/results/<device>)")
+    parser.add_argument("--peers", nargs="+", choices=tuple(PEERS), default=[], help="measure models with these too")
     arguments = parser.parse_args()
 
     environment = fastvit.env()
@@ -111,8 +82,11 @@ def main() -> int:
         f"{machine}\n{'operator':<16}{'case':<40}{'dtype':<6}{'eager ms':>10}{'fast ms':>10}{'speed-up':>9}  "
         f"{'share of its limit':<20}{'eager err':>9}{'fast err':>9}"
     )
+    absent = {peer: reason for peer in arguments.peers if (reason := missing(peer))}
+    for peer, reason in absent.items():
+        print(f"left out: {peer}: {reason}")
     rows = []
-    for case in cases(arguments.only):
+    for case in cases(arguments.only, [peer for peer in arguments.peers if peer not in absent]):
         rows.append(measure(case, arguments.seconds))
         print(line(rows[-1]), flush=True)
 
@@ -122,8 +96,9 @@ def main() -> int:
     # What figures depend on, without the paths of one machine.
     record = {"environment": {key: environment[key] for key in ("versions", "cpu")}, "rows": [asdict(r) for r in rows]}
     (folder / "cpu.json").write_text(json.dumps(record, indent=2) + "\n")
-    plot(rows, folder / "cpu.png", machine)
-    print(f"written: {folder / 'cpu.json'}, {folder / 'cpu.png'}")
+    bars(rows, folder / "cpu.png", machine)
+    roofline(rows, folder / "cpu-roofline.png", machine)
+    print(f"written: {', '.join(str(folder / name) for name in ('cpu.json', 'cpu.png', 'cpu-roofline.png'))}")
     return 0 if all(row.passed for row in rows) else 1
 
 

@@ -44,7 +44,8 @@ from benchmarks import (
     bench_pool,
 )
 from benchmarks.case import VIT_B, Case, Row, Width, measure
-from benchmarks.cpu import RESULTS, plot
+from benchmarks.cpu import RESULTS
+from benchmarks.plots import bars
 from fastvit import ops
 from fastvit._compat import import_timm
 from fastvit.bench import peak
@@ -366,7 +367,7 @@ def main() -> int:
     results = {step.key: run.record["steps"][step.key] for step in chosen if step.key in run.record["steps"]}
     rows = [Row(**{f.name: r[f.name] for f in fields(Row)}) for r in results.values() if "fastvit_milliseconds" in r]
     if rows:
-        plot(rows, folder / "gpu.png", found["device"])
+        bars(rows, folder / "gpu.png", found["device"])
     print(f"\n{found['device']}, torch {found['versions']['torch']}, triton {found['versions']['triton']}")
     print("\n".join(summary(key, result) for key, result in results.items()))
     if left := len(chosen) - len(results):

@@ -24,7 +24,9 @@ from benchmarks import (
     case,
     cpu,
     gpu,
+    peers,
 )
+from tests.tolerances import relative_l2
 
 OPERATORS = (
     bench_patch_embed,
@@ -35,6 +37,7 @@ OPERATORS = (
     bench_mlp,
     bench_pool,
 )
+
 ROOT = Path(__file__).parents[2]
 TINY = gpu.TINY
 
@@ -76,7 +79,34 @@ def test_the_runner_writes_its_records(monkeypatch, tmp_path, capsys):
     assert [r["dtype"] for r in record["rows"]] == ["f32", "f32", "bf16", "bf16"]
     assert record["environment"]["versions"]["torch"]
     assert (tmp_path / "cpu.png").stat().st_size > 5000
+    assert (tmp_path / "cpu-roofline.png").stat().st_size > 5000
     assert capsys.readouterr().out.count(" % of ") == 4
+
+
+def test_peers_are_measured_or_left_out_with_a_line(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("timm")
+    monkeypatch.setattr(cpu, "BATCHES", (1,))
+    monkeypatch.setattr(bench_model, "NAMES", ("vit_tiny_patch16_224",))
+    monkeypatch.setattr(cpu, "missing", lambda peer: "openvino is not installed" if peer == "openvino" else None)
+    monkeypatch.setitem(peers.PEERS, "compile", lambda model, image: model)
+    command = ["cpu", "--only", "model", "--seconds", "0.001", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*command, "--peers", "compile", "openvino"])
+    assert cpu.main() == 0
+    rows = json.loads((tmp_path / "cpu.json").read_text())["rows"]
+    assert all(list(row["peer_milliseconds"]) == ["compile"] for row in rows)
+    output = capsys.readouterr().out
+    assert "left out: openvino: openvino is not installed" in output
+    assert output.count("  compile ") == 2
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+def test_a_peer_computes_the_same(name):
+    if reason := peers.missing(name):
+        pytest.skip(reason)
+    c = bench_model.case("vit_tiny_patch16_224", torch.float32, 1, peers=[name])
+    with torch.inference_mode():
+        expected, actual = c.eager(*c.tensors), c.peers[name](*c.tensors)
+    assert relative_l2(actual, expected) < 1e-4
 
 
 def test_a_wrong_kernel_fails_its_benchmark():
