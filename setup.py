@@ -38,7 +38,7 @@ ISA_FLAGS = {
     "scalar": [],
     "avx2": ["-mavx2", "-mfma"],
     "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
 }
 CXX_FLAGS = [
     "-std=c++17",

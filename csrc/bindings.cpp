@@ -37,11 +37,11 @@ void patch_embed(const View& out, const View& image, const View& weight, const V
                               channel_shift, static_cast<Compute>(compute), num_threads});
 }
 
-void norm_linear(const View& out, const View& x, const View& weight, const View* bias,
-                 const View* norm_weight, const View* norm_bias, int norm, float eps,
-                 int activation, int compute, int num_threads) {
-  cpu::kernels().norm_linear({out, x, weight, bias, norm_weight, norm_bias, static_cast<Norm>(norm),
-                              eps, static_cast<Activation>(activation),
+void norm_linear(const View& out, const View& x, const View& weight, const View* weight_scale,
+                 const View* bias, const View* norm_weight, const View* norm_bias, int norm,
+                 float eps, int activation, int compute, int num_threads) {
+  cpu::kernels().norm_linear({out, x, weight, weight_scale, bias, norm_weight, norm_bias,
+                              static_cast<Norm>(norm), eps, static_cast<Activation>(activation),
                               static_cast<Compute>(compute), num_threads});
 }
 
@@ -50,26 +50,30 @@ void attention(const View& out, const View& q, const View& k, const View& v, con
   cpu::kernels().attention({out, q, k, v, bias, scale, static_cast<Compute>(compute), num_threads});
 }
 
-void linear_residual(const View& out, const View& x, const View& weight, const View* bias,
-                     const View& residual, const View* layer_scale, const View* row_scale,
-                     int64_t rows_per_sample, int compute, int num_threads) {
-  cpu::kernels().linear_residual({out, x, weight, residual, bias, layer_scale, row_scale,
-                                  rows_per_sample, static_cast<Compute>(compute), num_threads});
+void linear_residual(const View& out, const View& x, const View& weight, const View* weight_scale,
+                     const View* bias, const View& residual, const View* layer_scale,
+                     const View* row_scale, int64_t rows_per_sample, int compute, int num_threads) {
+  cpu::kernels().linear_residual({out, x, weight, residual, weight_scale, bias, layer_scale,
+                                  row_scale, rows_per_sample, static_cast<Compute>(compute),
+                                  num_threads});
 }
 
-void self_attention(const View& out, const View& x, const View& q_weight, const View* q_bias,
-                    const View* k_weight, const View* k_bias, const View* v_weight,
-                    const View* v_bias, const View& proj_weight, const View* proj_bias,
-                    const View* norm_weight, const View* norm_bias, int norm, float eps,
-                    const View* attn_bias, float scale, const View* layer_scale,
+void self_attention(const View& out, const View& x, const View& q_weight, const View* q_scale,
+                    const View* q_bias, const View* k_weight, const View* k_scale,
+                    const View* k_bias, const View* v_weight, const View* v_scale,
+                    const View* v_bias, const View& proj_weight, const View* proj_scale,
+                    const View* proj_bias, const View* norm_weight, const View* norm_bias, int norm,
+                    float eps, const View* attn_bias, float scale, const View* layer_scale,
                     const View* row_scale, int64_t samples, int64_t num_heads, int compute,
                     int num_threads) {
   cpu::self_attention({out,
                        x,
                        {&q_weight, k_weight, v_weight},
+                       {q_scale, k_scale, v_scale},
                        {q_bias, k_bias, v_bias},
                        k_weight ? 3 : 1,
                        proj_weight,
+                       proj_scale,
                        proj_bias,
                        norm_weight,
                        norm_bias,
@@ -85,14 +89,19 @@ void self_attention(const View& out, const View& x, const View& q_weight, const 
                        num_threads});
 }
 
-void mlp(const View& out, const View& x, const View& weight1, const View* bias1,
-         const View& weight2, const View* bias2, const View* norm_weight, const View* norm_bias,
-         int norm, float eps, int activation, const View* layer_scale, const View* row_scale,
-         int64_t rows_per_sample, int compute, int num_threads) {
-  cpu::kernels().mlp({out, x, weight1, weight2, bias1, bias2, norm_weight, norm_bias,
-                      static_cast<Norm>(norm), eps, static_cast<Activation>(activation),
-                      layer_scale, row_scale, rows_per_sample, static_cast<Compute>(compute),
-                      num_threads});
+void mlp(const View& out, const View& x, const View& weight1, const View* scale1, const View* bias1,
+         const View& weight2, const View* scale2, const View* bias2, const View* norm_weight,
+         const View* norm_bias, int norm, float eps, int activation, const View* layer_scale,
+         const View* row_scale, int64_t rows_per_sample, int compute, int num_threads) {
+  const auto kind = static_cast<Activation>(activation);
+  cpu::kernels().mlp({out, x, weight1, weight2, scale1, scale2, bias1, bias2, norm_weight,
+                      norm_bias, static_cast<Norm>(norm), eps, kind, layer_scale, row_scale,
+                      rows_per_sample, weight1.size[0] / (kind == Activation::kSwiglu ? 2 : 1),
+                      static_cast<Compute>(compute), num_threads});
+}
+
+void quantize_rows(const View& out, const View& scale, const View& x, int num_threads) {
+  cpu::kernels().quantize_rows({out, scale, x, num_threads});
 }
 
 void pool(const View& out, const View& x, int mode, int64_t num_prefix_tokens, int norm,
@@ -104,10 +113,13 @@ void pool(const View& out, const View& x, int mode, int64_t num_prefix_tokens, i
 }
 
 double peak(const std::string& kind, int num_threads, double seconds) {
-  if (kind != "f32" && kind != "bf16") {
-    throw std::invalid_argument("kind='" + kind + "' is not a peak; accepted: 'f32', 'bf16'");
+  const char* const kinds[] = {"f32", "bf16", "int8"};  // the order of Compute
+  for (int i = 0; i < 3; ++i) {
+    if (kind == kinds[i]) {
+      return cpu::kernels().peak(static_cast<Compute>(i), num_threads, seconds);
+    }
   }
-  return cpu::kernels().peak(kind == "bf16" ? Compute::kBF16 : Compute::kF32, num_threads, seconds);
+  throw std::invalid_argument("kind='" + kind + "' is not a peak; accepted: 'f32', 'bf16', 'int8'");
 }
 
 // GB/s read plus written by copying buffers far larger than the caches; the best of the passes.
@@ -161,36 +173,42 @@ PYBIND11_MODULE(_C, m) {
   py::class_<View>(m, "View", py::module_local(),
                    "A strided array owned by the caller; strides count elements.");
   m.def("view", &view_of, py::arg("tensor"), "A torch tensor as a View.");
+  m.def("fingerprint", &fingerprint, py::arg("view"),
+        "A hash of some elements of a contiguous array, which most changes change.");
   bind_prepared(m);
 
   m.def("patch_embed", &patch_embed, Release(), py::arg("out"), py::arg("image"), py::arg("weight"),
         py::arg("bias"), py::arg("pos_embed"), py::arg("prefix"), py::arg("channel_scale"),
         py::arg("channel_shift"), py::arg("compute"), py::arg("num_threads"));
   m.def("norm_linear", &norm_linear, Release(), py::arg("out"), py::arg("x"), py::arg("weight"),
-        py::arg("bias"), py::arg("norm_weight"), py::arg("norm_bias"), py::arg("norm"),
-        py::arg("eps"), py::arg("activation"), py::arg("compute"), py::arg("num_threads"));
+        py::arg("weight_scale"), py::arg("bias"), py::arg("norm_weight"), py::arg("norm_bias"),
+        py::arg("norm"), py::arg("eps"), py::arg("activation"), py::arg("compute"),
+        py::arg("num_threads"));
   m.def("attention", &attention, Release(), py::arg("out"), py::arg("q"), py::arg("k"),
         py::arg("v"), py::arg("bias"), py::arg("scale"), py::arg("compute"),
         py::arg("num_threads"));
   m.def("linear_residual", &linear_residual, Release(), py::arg("out"), py::arg("x"),
-        py::arg("weight"), py::arg("bias"), py::arg("residual"), py::arg("layer_scale"),
-        py::arg("row_scale"), py::arg("rows_per_sample"), py::arg("compute"),
-        py::arg("num_threads"));
+        py::arg("weight"), py::arg("weight_scale"), py::arg("bias"), py::arg("residual"),
+        py::arg("layer_scale"), py::arg("row_scale"), py::arg("rows_per_sample"),
+        py::arg("compute"), py::arg("num_threads"));
   m.def("self_attention", &self_attention, Release(), py::arg("out"), py::arg("x"),
-        py::arg("q_weight"), py::arg("q_bias"), py::arg("k_weight"), py::arg("k_bias"),
-        py::arg("v_weight"), py::arg("v_bias"), py::arg("proj_weight"), py::arg("proj_bias"),
+        py::arg("q_weight"), py::arg("q_scale"), py::arg("q_bias"), py::arg("k_weight"),
+        py::arg("k_scale"), py::arg("k_bias"), py::arg("v_weight"), py::arg("v_scale"),
+        py::arg("v_bias"), py::arg("proj_weight"), py::arg("proj_scale"), py::arg("proj_bias"),
         py::arg("norm_weight"), py::arg("norm_bias"), py::arg("norm"), py::arg("eps"),
         py::arg("attn_bias"), py::arg("scale"), py::arg("layer_scale"), py::arg("row_scale"),
         py::arg("samples"), py::arg("num_heads"), py::arg("compute"), py::arg("num_threads"));
-  m.def("mlp", &mlp, Release(), py::arg("out"), py::arg("x"), py::arg("weight1"), py::arg("bias1"),
-        py::arg("weight2"), py::arg("bias2"), py::arg("norm_weight"), py::arg("norm_bias"),
-        py::arg("norm"), py::arg("eps"), py::arg("activation"), py::arg("layer_scale"),
-        py::arg("row_scale"), py::arg("rows_per_sample"), py::arg("compute"),
-        py::arg("num_threads"));
+  m.def("mlp", &mlp, Release(), py::arg("out"), py::arg("x"), py::arg("weight1"), py::arg("scale1"),
+        py::arg("bias1"), py::arg("weight2"), py::arg("scale2"), py::arg("bias2"),
+        py::arg("norm_weight"), py::arg("norm_bias"), py::arg("norm"), py::arg("eps"),
+        py::arg("activation"), py::arg("layer_scale"), py::arg("row_scale"),
+        py::arg("rows_per_sample"), py::arg("compute"), py::arg("num_threads"));
   m.def("pool", &pool, Release(), py::arg("out"), py::arg("x"), py::arg("mode"),
         py::arg("num_prefix_tokens"), py::arg("norm"), py::arg("norm_weight"), py::arg("norm_bias"),
         py::arg("eps"), py::arg("weight"), py::arg("bias"), py::arg("compute"),
         py::arg("num_threads"));
+  m.def("quantize_rows", &quantize_rows, Release(), py::arg("out"), py::arg("scale"), py::arg("x"),
+        py::arg("num_threads"), "Rotated rows of x in int8, and their scales.");
 
   m.def("isa", &cpu::isa, "The instruction set in use.");
   m.def("supported_isas", &cpu::supported_isas, "Instruction sets of this machine, best last.");

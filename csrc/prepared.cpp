@@ -121,15 +121,49 @@ bool same(const View& a, const View& b) {
   return true;
 }
 
+// A weight behind a quantised operand, as it was when that was made from it.
+class Guard {
+ public:
+  explicit Guard(py::handle tensor)
+      : tensor_(tensor.ptr()),
+        view_(view_of(tensor)),
+        version_(version()),
+        print_(fingerprint(view_)) {}
+
+  bool holds() const {
+    return version() == version_ && same(view_of(tensor_), view_) && fingerprint(view_) == print_;
+  }
+
+ private:
+  // Counts changes in place; a tensor made in inference mode has none, and gives -1.
+  int64_t version() const {
+    static PyObject* const name = PyUnicode_InternFromString("_version");
+    PyObject* value = PyObject_GetAttr(tensor_, name);
+    const int64_t count = value == nullptr ? -1 : PyLong_AsLongLong(value);
+    if (value == nullptr) PyErr_Clear();
+    Py_XDECREF(value);
+    return count;
+  }
+
+  PyObject* tensor_;
+  View view_;
+  int64_t version_;
+  uint64_t print_;
+};
+
 // Both halves of a pre-norm block, for inference on the CPU. `run` is true to what fastvit.ops
 // checked once, or does nothing.
 class PreparedBlock {
  public:
-  // operands: tensors or None, in the order of Operand.
-  PreparedBlock(Snapshot snapshot, const std::vector<py::object>& operands, int64_t num_heads,
-                float scale, std::pair<int, float> norm1, std::pair<int, float> norm2,
-                int activation, int64_t most_scratch)
+  // operands: tensors or None, in the order of Operand. guards: the weights behind int8 operands.
+  // compute: the dtype of the hidden states.
+  PreparedBlock(Snapshot snapshot, const std::vector<py::object>& operands,
+                const std::vector<py::object>& guards, int compute, int64_t num_heads, float scale,
+                std::pair<int, float> norm1, std::pair<int, float> norm2, int activation,
+                int64_t most_scratch)
       : snapshot_(std::move(snapshot)),
+        guards_(guards.begin(), guards.end()),
+        compute_(static_cast<Compute>(compute)),
         num_heads_(num_heads),
         scale_(scale),
         norm1_(norm1),
@@ -152,14 +186,18 @@ class PreparedBlock {
       for (int i = 0; i < kOperands; ++i) {
         if (tensors_[i] != nullptr && !same(view_of(tensors_[i]), views_[i])) return false;
       }
+      for (const Guard& guard : guards_) {
+        if (!guard.holds()) return false;
+      }
       in = view_of(x);
       result = view_of(out);
     } catch (const std::exception&) {  // a tensor without memory, or of a dtype for no kernel
       return false;
     }
-    const View &qkv = views_[kQWeight], &proj = views_[kProjWeight];
-    const int64_t features = qkv.size[1];
-    if (in.ndim != 3 || in.dtype != qkv.dtype || in.size[2] != features) return false;
+    const View &proj = views_[kProjWeight], &fc1 = views_[kFc1Weight];
+    const int64_t features = proj.size[0];
+    const DType dtype = compute_ == Compute::kF32 ? DType::kF32 : DType::kBF16;
+    if (in.ndim != 3 || in.dtype != dtype || in.size[2] != features) return false;
     const int64_t samples = in.size[0], tokens = in.size[1],
                   bytes = in.dtype == DType::kF32 ? 4 : 2;
     if (samples * tokens == 0 || in.stride[2] != 1 || in.stride[1] != features ||
@@ -171,13 +209,14 @@ class PreparedBlock {
       each->size[0] = samples * tokens, each->size[1] = features;
       each->stride[0] = features, each->stride[1] = 1;
     }
-    const Compute compute = in.dtype == DType::kF32 ? Compute::kF32 : Compute::kBF16;
     const cpu::SelfAttentionArgs first{result,
                                        in,
                                        {get(kQWeight), get(kKWeight), get(kVWeight)},
+                                       {get(kQScale), get(kKScale), get(kVScale)},
                                        {get(kQBias), get(kKBias), get(kVBias)},
                                        get(kKWeight) != nullptr ? 3 : 1,
                                        proj,
+                                       get(kProjScale),
                                        get(kProjBias),
                                        get(kNorm1Weight),
                                        get(kNorm1Bias),
@@ -189,12 +228,14 @@ class PreparedBlock {
                                        nullptr,
                                        samples,
                                        num_heads_,
-                                       compute,
+                                       compute_,
                                        num_threads};
     const cpu::MlpArgs second{result,
                               result,
-                              views_[kFc1Weight],
+                              fc1,
                               views_[kFc2Weight],
+                              get(kFc1Scale),
+                              get(kFc2Scale),
                               get(kFc1Bias),
                               get(kFc2Bias),
                               get(kNorm2Weight),
@@ -205,7 +246,8 @@ class PreparedBlock {
                               get(kLayerScale2),
                               nullptr,
                               tokens,
-                              compute,
+                              fc1.size[0] / (activation_ == Activation::kSwiglu ? 2 : 1),
+                              compute_,
                               num_threads};
     const py::gil_scoped_release release;
     cpu::self_attention(first);
@@ -218,19 +260,25 @@ class PreparedBlock {
     kNorm1Weight,
     kNorm1Bias,
     kQWeight,  // or all three, packed
+    kQScale,   // of an int8 weight
     kQBias,
     kKWeight,
+    kKScale,
     kKBias,
     kVWeight,
+    kVScale,
     kVBias,
     kProjWeight,
+    kProjScale,
     kProjBias,
     kLayerScale1,
     kNorm2Weight,
     kNorm2Bias,
     kFc1Weight,
+    kFc1Scale,
     kFc1Bias,
     kFc2Weight,
+    kFc2Scale,
     kFc2Bias,
     kLayerScale2,
     kOperands
@@ -241,6 +289,8 @@ class PreparedBlock {
   Snapshot snapshot_;
   PyObject* tensors_[kOperands] = {};
   View views_[kOperands] = {};
+  std::vector<Guard> guards_;
+  Compute compute_;
   int64_t num_heads_;
   float scale_;
   std::pair<int, float> norm1_, norm2_;
@@ -260,10 +310,11 @@ void bind_prepared(py::module_& m) {
       .def("holds", &Snapshot::holds, py::arg("owner"));
   py::class_<PreparedBlock>(m, "PreparedBlock", py::module_local(),
                             "A block's call with its arguments checked. It owns no Python object.")
-      .def(py::init<Snapshot, const std::vector<py::object>&, int64_t, float, std::pair<int, float>,
-                    std::pair<int, float>, int, int64_t>(),
-           py::arg("snapshot"), py::arg("operands"), py::arg("num_heads"), py::arg("scale"),
-           py::arg("norm1"), py::arg("norm2"), py::arg("activation"), py::arg("most_scratch"))
+      .def(py::init<Snapshot, const std::vector<py::object>&, const std::vector<py::object>&, int,
+                    int64_t, float, std::pair<int, float>, std::pair<int, float>, int, int64_t>(),
+           py::arg("snapshot"), py::arg("operands"), py::arg("guards"), py::arg("compute"),
+           py::arg("num_heads"), py::arg("scale"), py::arg("norm1"), py::arg("norm2"),
+           py::arg("activation"), py::arg("most_scratch"))
       .def("run", &PreparedBlock::run, py::arg("block"), py::arg("out"), py::arg("x"),
            py::arg("num_threads"));
 }

@@ -2,6 +2,7 @@
 
 #include <pybind11/gil_safe_call_once.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -10,7 +11,7 @@ namespace py = pybind11;
 namespace fastvit {
 namespace {
 
-constexpr int kDTypes = 4;
+constexpr int kDTypes = 5;
 
 // Attribute names and dtypes that live as long as the process.
 struct Torch {
@@ -22,8 +23,8 @@ struct Torch {
 
   Torch() {
     const py::module_ torch = py::module_::import("torch");
-    // The order of DType, and then of cuda/kernels.h.
-    const char* names[] = {"float32", "bfloat16", "uint8", "float16"};
+    // The order of DType, with float16 from cuda/kernels.h.
+    const char* names[] = {"float32", "bfloat16", "uint8", "float16", "int8"};
     for (int i = 0; i < kDTypes; ++i) dtypes[i] = py::object(torch.attr(names[i])).release().ptr();
   }
 };
@@ -49,8 +50,9 @@ View view_of(py::handle tensor) {
   int code = 0;
   while (code < kDTypes && torch.dtypes[code] != dtype.ptr()) ++code;
   if (code == kDTypes) {
-    throw std::invalid_argument("dtype " + std::string(py::str(dtype)) +
-                                " is not accepted; accepted: float32, bfloat16, float16, uint8");
+    throw std::invalid_argument(
+        "dtype " + std::string(py::str(dtype)) +
+        " is not accepted; accepted: float32, bfloat16, float16, uint8, int8");
   }
   const py::object data = checked(PyObject_CallMethodNoArgs(t, torch.data_ptr));
   const py::object shape = checked(PyObject_GetAttr(t, torch.shape));
@@ -67,6 +69,26 @@ View view_of(py::handle tensor) {
   read_tuple(shape, view.size);
   read_tuple(stride, view.stride);
   return view;
+}
+
+uint64_t fingerprint(const View& view) {
+  constexpr int64_t kSamples = 64;
+  const int64_t size = view.dtype == DType::kF32                              ? 4
+                       : view.dtype == DType::kU8 || view.dtype == DType::kI8 ? 1
+                                                                              : 2;
+  int64_t count = 1;
+  for (int i = 0; i < view.ndim; ++i) count *= view.size[i];
+  const int64_t samples = count < kSamples ? count : kSamples;
+  uint64_t hash = 0;
+  for (int64_t i = 0; i < samples; ++i) {
+    // The odd term keeps the samples of a matrix out of one column.
+    const int64_t at = (count / samples * i + 7 * i) % count;
+    uint64_t element = 0;
+    std::memcpy(&element, static_cast<const char*>(view.data) + at * size, size);
+    hash = (hash ^ element) * 0x9e3779b97f4a7c15U;
+    hash ^= hash >> 29;
+  }
+  return hash;
 }
 
 }  // namespace fastvit

@@ -234,7 +234,7 @@ class Attention {
       const int64_t vectors = min(ceil_div(keys - key, kLanes), kVectors);
       MicroKernels<P>::get(rows, vectors)(steps, w.q + row * ldq_, ldq_,
                                           w.k + key * steps * P::kPair, w.scores + key, lds_, false,
-                                          {});
+                                          {}, {});
     }
   }
 
@@ -306,7 +306,7 @@ class Attention {
     for (int64_t i = 0; i < panels_.count; ++i) {
       MicroKernels<P>::get(rows, panels_.width(i))(
           ceil_div(keys, P::kPair), p, ldp_, value_panel(w, i),
-          w.out + row * ldo_ + panels_.first(i) * kLanes, ldo_, accumulate, {});
+          w.out + row * ldo_ + panels_.first(i) * kLanes, ldo_, accumulate, {}, {});
     }
   }
 

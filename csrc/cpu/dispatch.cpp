@@ -17,17 +17,18 @@
 
 namespace fastvit::cpu {
 
-#define FASTVIT_BUILD(isa)                                                    \
-  namespace isa {                                                             \
-  void patch_embed(const PatchEmbedArgs&);                                    \
-  void norm_linear(const NormLinearArgs&);                                    \
-  void attention(const AttentionArgs&);                                       \
-  void linear_residual(const LinearResidualArgs&);                            \
-  void mlp(const MlpArgs&);                                                   \
-  void pool(const PoolArgs&);                                                 \
-  double peak(Compute, int num_threads, double seconds);                      \
-  constexpr Kernels kKernels{                                                 \
-      patch_embed, norm_linear, attention, linear_residual, mlp, pool, peak}; \
+#define FASTVIT_BUILD(isa)                                                             \
+  namespace isa {                                                                      \
+  void patch_embed(const PatchEmbedArgs&);                                             \
+  void norm_linear(const NormLinearArgs&);                                             \
+  void attention(const AttentionArgs&);                                                \
+  void linear_residual(const LinearResidualArgs&);                                     \
+  void mlp(const MlpArgs&);                                                            \
+  void pool(const PoolArgs&);                                                          \
+  void quantize_rows(const QuantizeArgs&);                                             \
+  double peak(Compute, int num_threads, double seconds);                               \
+  constexpr Kernels kKernels{patch_embed, norm_linear, attention,     linear_residual, \
+                             mlp,         pool,        quantize_rows, peak};           \
   }
 
 FASTVIT_BUILD(scalar)
@@ -71,8 +72,9 @@ struct Machine {
     avx2 = saves_ymm && (b >> 5 & 1);
     const bool f = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1;
     avx512 = avx2 && saves_zmm && f && dq && bw && vl;
+    const bool vnni = c >> 11 & 1;
     if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
-      avx512_bf16 = avx512 && (a >> 5 & 1);
+      avx512_bf16 = avx512 && vnni && (a >> 5 & 1);
     }
 #endif
   }

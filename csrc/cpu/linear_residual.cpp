@@ -6,7 +6,7 @@
 
 #include "epilogues.h"
 #include "norm.h"
-#include "product.h"
+#include "quantize.h"
 
 namespace fastvit::cpu::FASTVIT_ISA {
 namespace {
@@ -14,7 +14,7 @@ namespace {
 template <class P>
 void run(const LinearResidualArgs& args) {
   const int64_t m = args.x.size[0], k = args.x.size[1], n = args.weight.size[0];
-  Vectors vectors(2, n);
+  Vectors vectors(3, n);
   const AddResidual epilogue{
       Rows(args.out, args.out.stride[0]),
       Rows(args.residual, args.residual.stride[0]),
@@ -22,8 +22,15 @@ void run(const LinearResidualArgs& args) {
       vectors.take(args.layer_scale, 0, n, 1.0f),
       args.row_scale ? static_cast<const float*>(args.row_scale->data) : nullptr,
       args.rows_per_sample};
-  const Weight weight{args.weight.data, args.weight.dtype, args.weight.stride[0], n, k, false};
-  product<P>(m, weight, args.num_threads, PlainRows(Rows(args.x, args.x.stride[0]), k), epilogue);
+  const Weight weight{args.weight.data,
+                      args.weight.dtype,
+                      args.weight.stride[0],
+                      n,
+                      args.weight.size[1],
+                      false,
+                      vectors.take_scale(args.weight_scale, n)};
+  const PlainRows source(Rows(args.x, args.x.stride[0]), k);
+  linear<P>(m, k, weight, args.num_threads, source, epilogue);
 }
 
 }  // namespace

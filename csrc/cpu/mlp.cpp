@@ -5,14 +5,14 @@
 //
 //   for each block of rows                 as many as keep the hidden rows in a share of L3
 //     product: norm in, activation out     written as the packed rows of the next product's A
-//     product: packed rows in, residual out
+//     product: packed rows in, residual out   or, for an int8 weight, rows in
 //
 // The hidden activations, four times as wide as x, are scratch that stays with the thread: writing
 // them to a fresh tensor costs a page fault each 4 KiB, and reading them back another packing.
 
 #include "epilogues.h"
 #include "norm.h"
-#include "product.h"
+#include "quantize.h"
 
 namespace fastvit::cpu::FASTVIT_ISA {
 namespace {
@@ -22,14 +22,24 @@ void run(const MlpArgs& args) {
   using Element = typename P::Element;
   constexpr DType kDType = P::kPair == 1 ? DType::kF32 : DType::kBF16;
   const int64_t m = args.x.size[0], k = args.x.size[1], n = args.weight2.size[0];
-  const int64_t hidden = args.weight2.size[1];
+  const int64_t hidden = args.hidden;
   const bool gated = args.activation == Activation::kSwiglu;
-  const Weight first{
-      args.weight1.data, args.weight1.dtype, args.weight1.stride[0], hidden, k, gated};
-  const Weight second{
-      args.weight2.data, args.weight2.dtype, args.weight2.stride[0], n, hidden, false};
 
-  Vectors vectors(6, max(max(hidden, k), n));
+  Vectors vectors(9, max(max(hidden, k), n));
+  const Weight first{args.weight1.data,
+                     args.weight1.dtype,
+                     args.weight1.stride[0],
+                     hidden,
+                     args.weight1.size[1],
+                     gated,
+                     vectors.take_scale(args.scale1, args.weight1.size[0])};
+  const Weight second{args.weight2.data,
+                      args.weight2.dtype,
+                      args.weight2.stride[0],
+                      n,
+                      args.weight2.size[1],
+                      false,
+                      vectors.take_scale(args.scale2, n)};
   const Rows x(args.x, args.x.stride[0]), out(args.out, args.out.stride[0]);
   NormRows source{x,
                   k,
@@ -57,10 +67,15 @@ void run(const MlpArgs& args) {
     add.residual = x.from(row);
     add.out = out.from(row);
     add.first_row = row;
-    with_activation(
-        args.activation, Rows(packed, kDType, ld), bias, value_bias,
-        [&](const auto& epilogue) { product<P>(rows, first, args.num_threads, source, epilogue); });
-    product<P>(rows, second, args.num_threads, PackedRows<P>{packed}, add);
+    const Rows between(packed, kDType, ld);
+    with_activation(args.activation, between, bias, value_bias, [&](const auto& epilogue) {
+      linear<P>(rows, k, first, args.num_threads, source, epilogue);
+    });
+    if (second.dtype == DType::kI8) {
+      linear<P>(rows, hidden, second, args.num_threads, PlainRows(between, hidden), add);
+    } else {
+      product<P>(rows, second, args.num_threads, PackedRows<P>{packed}, add);
+    }
   }
 }
 

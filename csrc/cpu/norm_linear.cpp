@@ -7,7 +7,7 @@
 
 #include "epilogues.h"
 #include "norm.h"
-#include "product.h"
+#include "quantize.h"
 
 namespace fastvit::cpu::FASTVIT_ISA {
 namespace {
@@ -18,7 +18,7 @@ void run(const NormLinearArgs& args) {
   const bool gated = args.activation == Activation::kSwiglu;
   const int64_t n = gated ? args.weight.size[0] / 2 : args.weight.size[0];
 
-  Vectors vectors(4, max(n, k));
+  Vectors vectors(6, max(n, k));
   const float* norm_weight = vectors.take(args.norm_weight, 0, k, 1.0f);
   const float* norm_bias = vectors.take(args.norm_bias, 0, k, 0.0f);
   const float* bias = vectors.take(args.bias, 0, n, 0.0f);
@@ -26,10 +26,16 @@ void run(const NormLinearArgs& args) {
   const Rows out(args.out, args.out.stride[0]);
   const Rows x(args.x, args.x.stride[0]);
   const NormRows source{x, k, args.norm, args.eps, norm_weight, norm_bias};
-  const Weight weight{args.weight.data, args.weight.dtype, args.weight.stride[0], n, k, gated};
   const float* value_bias = gated ? vectors.take(args.bias, n, n, 0.0f) : nullptr;
+  const Weight weight{args.weight.data,
+                      args.weight.dtype,
+                      args.weight.stride[0],
+                      n,
+                      args.weight.size[1],
+                      gated,
+                      vectors.take_scale(args.weight_scale, args.weight.size[0])};
   with_activation(args.activation, out, bias, value_bias, [&](const auto& epilogue) {
-    product<P>(m, weight, args.num_threads, source, epilogue);
+    linear<P>(m, k, weight, args.num_threads, source, epilogue);
   });
 }
 

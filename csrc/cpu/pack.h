@@ -1,9 +1,10 @@
 // Packing: B of a product laid out in the order in which the micro-kernel reads it.
 //
 // A panel holds `vectors` x kLanes columns. Step s of it is one contiguous line of that many 32-bit
-// units, a unit being kPair consecutive k of one column (f32: 1, bf16: 2). Packing transposes in
-// registers, kLanes columns by kLanes steps at a time, and converts the dtype on the way. It costs
-// about as much as 4 rows of the product, which is why nothing packed is ever kept between calls.
+// units, a unit being kPair consecutive k of one column (f32: 1, bf16: 2, int8: 4). Packing
+// transposes in registers, kLanes columns by kLanes steps at a time, and converts the dtype on the
+// way. It costs about as much as 4 rows of the product, which is why nothing packed is ever kept
+// between calls.
 
 #pragma once
 
@@ -12,11 +13,13 @@
 namespace fastvit::cpu::FASTVIT_ISA {
 
 // kLanes columns of a panel. Column j is `rows[j * ld]`, k consecutive elements; columns from
-// `count` on are zeros. Step s goes to panel + s * line (in elements).
+// `count` on are zeros. Step s goes to panel + s * line (in elements). Returns the columns' sums,
+// if the product needs them.
 template <class P, class T>
-static void pack_columns(const T* rows, int64_t ld, int64_t count, int64_t k,
-                         typename P::Element* panel, int64_t line) {
+static typename P::Accumulator pack_columns(const T* rows, int64_t ld, int64_t count, int64_t k,
+                                            typename P::Element* panel, int64_t line) {
   constexpr int64_t kBlock = kLanes * P::kPair;
+  typename P::Accumulator sums = {};
   for (int64_t k0 = 0; k0 < k; k0 += kBlock) {
     f32v r[kLanes];
     const int64_t left = k - k0;
@@ -29,6 +32,10 @@ static void pack_columns(const T* rows, int64_t ld, int64_t count, int64_t k,
       }
     }
     transpose(r);
+    if constexpr (P::kHasSums) {
+#pragma GCC unroll 16
+      for (int s = 0; s < kLanes; ++s) sums = P::mac(P::ones(), (typename P::Unit)r[s], sums);
+    }
     const int64_t steps = min(kLanes, ceil_div(left, P::kPair));
     typename P::Element* out = panel + k0 / P::kPair * line;
     if (steps == kLanes) {
@@ -42,6 +49,7 @@ static void pack_columns(const T* rows, int64_t ld, int64_t count, int64_t k,
       }
     }
   }
+  return sums;
 }
 
 // The other orientation: row s of `rows` is k == s, its elements are the columns.
@@ -64,12 +72,15 @@ static void pack_rows(const T* rows, int64_t ld, int64_t count, int64_t k,
 }
 
 template <class P>
-static void pack_columns(const void* rows, DType dtype, int64_t offset, int64_t ld, int64_t count,
-                         int64_t k, typename P::Element* panel, int64_t line) {
-  if (dtype == DType::kF32) {
-    pack_columns<P>(static_cast<const float*>(rows) + offset, ld, count, k, panel, line);
+static typename P::Accumulator pack_columns(const void* rows, DType dtype, int64_t offset,
+                                            int64_t ld, int64_t count, int64_t k,
+                                            typename P::Element* panel, int64_t line) {
+  if constexpr (P::kQuantized) {
+    return pack_columns<P>(static_cast<const int8_t*>(rows) + offset, ld, count, k, panel, line);
+  } else if (dtype == DType::kF32) {
+    return pack_columns<P>(static_cast<const float*>(rows) + offset, ld, count, k, panel, line);
   } else {
-    pack_columns<P>(static_cast<const bf16*>(rows) + offset, ld, count, k, panel, line);
+    return pack_columns<P>(static_cast<const bf16*>(rows) + offset, ld, count, k, panel, line);
   }
 }
 

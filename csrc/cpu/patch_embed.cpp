@@ -26,7 +26,7 @@ struct Patches {
         return gather<float>(row, out);
       case DType::kBF16:
         return gather<bf16>(row, out);
-      case DType::kU8:
+      default:
         return gather<uint8_t>(row, out);
     }
   }

@@ -9,20 +9,25 @@ namespace fastvit::cpu::FASTVIT_ISA {
 namespace {
 
 // As many independent chains as the micro-kernel has accumulators.
+f32v as_f32(f32v v) { return v; }
+f32v as_f32(i32v v) { return to_float(v); }
+
 template <class P>
 __attribute__((noinline)) float multiply_accumulate(int64_t steps,
                                                     const typename P::Element* data) {
   constexpr int kChains = kRows * kVectors;
   const typename P::Unit a = P::load_unit(data), b = P::load_unit(data + 1);
-  f32v acc[kChains];
+  typename P::Accumulator acc[kChains];
 #pragma GCC unroll 24
-  for (int i = 0; i < kChains; ++i) acc[i] = set1(static_cast<float>(i));  // equal ones would merge
+  for (int i = 0; i < kChains; ++i) {
+    acc[i] = (typename P::Accumulator)set1(static_cast<float>(i));  // equal ones would merge
+  }
   for (int64_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 24
-    for (f32v& each : acc) each = P::mac(a, b, each);
+    for (auto& each : acc) each = P::mac(a, b, each);
   }
   f32v sum = zero();
-  for (const f32v& each : acc) sum += each;
+  for (const auto& each : acc) sum += as_f32(each);
   asm volatile("" ::: "memory");  // or the compiler calls this pure function once
   return reduce_add(sum);
 }
@@ -59,8 +64,15 @@ double run(int requested_threads, double seconds) {
 }  // namespace
 
 double peak(Compute compute, int num_threads, double seconds) {
-  return compute == Compute::kBF16 ? run<ProductBF16>(num_threads, seconds)
-                                   : run<ProductF32>(num_threads, seconds);
+  switch (compute) {
+    case Compute::kF32:
+      return run<ProductF32>(num_threads, seconds);
+    case Compute::kBF16:
+      return run<ProductBF16>(num_threads, seconds);
+    case Compute::kI8:
+      return run<ProductI8>(num_threads, seconds);
+  }
+  return 0.0;
 }
 
 }  // namespace fastvit::cpu::FASTVIT_ISA

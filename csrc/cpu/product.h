@@ -1,8 +1,9 @@
 // out = epilogue(source @ weight^T): the one matrix product, and the one micro-kernel, of fastvit.
 //
 //   for each block of rows of A                        (bounded scratch, usually one block)
-//     all threads: source fills the packed rows of A   LayerNorm, im2col or a copy happens here,
-//                                                      unless another product left them packed
+//     all threads: source fills the packed rows of A   LayerNorm, im2col, quantisation or a copy
+//                                                      happens here, unless another product left
+//                                                      them packed
 //     all threads: for each (row chunk, panel) task
 //       for each chunk of K                            sized so that the packed panel stays in L2
 //         pack the panel's weights                     64 columns x kc
@@ -53,16 +54,35 @@ struct Prefetch {
   }
 };
 
-// c[MR][NV * kLanes] (+)= a[MR][steps] * b[steps][NV * kLanes]
+// What turns sums of quantised products into f32: a factor per row of A and one per column of B.
+struct Scales {
+  const float* rows = nullptr;
+  const float* columns = nullptr;
+};
+
+// c[MR][NV * kLanes] (+)= a[MR][steps] * b[steps][NV * kLanes]. Sums of integers stay integers, in
+// the same place, until `scales` are given.
 template <class P, int MR, int NV>
 static void micro_kernel(int64_t steps, const typename P::Element* a, int64_t lda,
                          const typename P::Element* b, float* c, int64_t ldc, bool accumulate,
-                         const Prefetch& prefetch) {
-  f32v acc[MR][NV];
+                         const Scales& scales, const Prefetch& prefetch) {
+  using Accumulator = typename P::Accumulator;
+  Accumulator acc[MR][NV];
 #pragma GCC unroll 6
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) acc[i][j] = accumulate ? load(c + i * ldc + j * kLanes) : zero();
+    for (int j = 0; j < NV; ++j) {
+      acc[i][j] = accumulate ? (Accumulator)load(c + i * ldc + j * kLanes) : Accumulator{};
+    }
+  }
+  if constexpr (P::kHasSums) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      const auto sums = (Accumulator)P::load_unit(b + j * kLanes * P::kPair);
+#pragma GCC unroll 6
+      for (int i = 0; i < MR; ++i) acc[i][j] += sums;
+    }
+    b += NV * kLanes * P::kPair;
   }
   const auto step = [&]() __attribute__((always_inline)) {
     typename P::Unit line[NV];
@@ -85,10 +105,23 @@ static void micro_kernel(int64_t steps, const typename P::Element* a, int64_t ld
     for (int i = 0; i < kUnroll; ++i) step();
   }
   for (; s < steps; ++s) step();
+  if constexpr (P::kQuantized) {
+    if (scales.rows != nullptr) {
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) {
+        const f32v column = load(scales.columns + j * kLanes);
+#pragma GCC unroll 6
+        for (int i = 0; i < MR; ++i) {
+          store(c + i * ldc + j * kLanes, to_float(acc[i][j]) * (column * set1(scales.rows[i])));
+        }
+      }
+      return;
+    }
+  }
 #pragma GCC unroll 6
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) store(c + i * ldc + j * kLanes, acc[i][j]);
+    for (int j = 0; j < NV; ++j) store(c + i * ldc + j * kLanes, (f32v)acc[i][j]);
   }
 }
 
@@ -97,7 +130,7 @@ template <class P>
 struct MicroKernels {
   using Function = void (*)(int64_t steps, const typename P::Element* a, int64_t lda,
                             const typename P::Element* b, float* c, int64_t ldc, bool accumulate,
-                            const Prefetch& prefetch);
+                            const Scales& scales, const Prefetch& prefetch);
 
   template <int MR>
   struct Row {
@@ -188,7 +221,20 @@ struct Carver {
   }
 };
 
+// One thread's memory in a product.
+template <class P>
+struct ProductWorker {
+  typename P::Element* panel;
+  float* partial;  // results of the K chunks so far
+  float* scales;   // of a gated panel's columns
+  int64_t bytes;   // of all of these
+};
+
 // ---- Driver -------------------------------------------------------------------------------------
+
+FASTVIT_INLINE int64_t bytes_of(DType dtype) {
+  return dtype == DType::kF32 ? 4 : dtype == DType::kBF16 ? 2 : 1;
+}
 
 struct Weight {
   const void* data;  // (n, k), or (2 n, k) when gated
@@ -196,6 +242,7 @@ struct Weight {
   int64_t ld;
   int64_t n, k;
   bool gated;  // rows n.. are the values of a gated unit: panels hold gates, then their values
+  const float* scale = nullptr;  // of an int8 weight's rows, padded to whole vectors
 
   int64_t panel_columns() const { return gated ? kPanel / 2 : kPanel; }
 
@@ -203,7 +250,7 @@ struct Weight {
   template <class P>
   Prefetch prefetch(int64_t col, int64_t k0, int64_t part, int64_t parts) const {
     if (col >= n) return {};
-    const int64_t cols = min(panel_columns(), n - col), size = dtype == DType::kF32 ? 4 : 2;
+    const int64_t cols = min(panel_columns(), n - col), size = bytes_of(dtype);
     const int64_t share = ceil_div(gated ? 2 * cols : cols, parts);
     int64_t first = part * share, end = cols;
     if (gated && first >= cols) first += n - cols, end = n + cols;
@@ -219,16 +266,34 @@ static int64_t pack_panel(const Weight& w, int64_t col, int64_t cols, int64_t k0
   const int64_t half = ceil_div(cols, kLanes);
   const int64_t vectors = w.gated ? 2 * half : half;
   const int64_t line = vectors * kLanes * P::kPair;
+  typename P::Element* lines = panel + (P::kHasSums ? line : 0);
   for (int64_t v = 0; v < vectors; ++v) {
-    const int64_t first = (v % half) * kLanes;
+    const int64_t first = (v % half) * kLanes, at = v * kLanes * P::kPair;
     const int64_t row = col + first + (v >= half ? w.n : 0);
-    pack_columns<P>(w.data, w.dtype, row * w.ld + k0, w.ld, cols - first, k,
-                    panel + v * kLanes * P::kPair, line);
+    const auto sums =
+        pack_columns<P>(w.data, w.dtype, row * w.ld + k0, w.ld, cols - first, k, lines + at, line);
+    if constexpr (P::kHasSums) {
+      store(reinterpret_cast<float*>(panel + at), (f32v)(sums * -P::kShift));
+    }
   }
   return vectors;
 }
 
-// source(row, out): writes the k elements of a row of A. Or PackedRows, then m is one block.
+// The scales of a panel's columns, as the micro-kernel reads them.
+template <class P>
+static const float* panel_scales(const Weight& w, int64_t col, int64_t cols, float* room) {
+  if constexpr (!P::kQuantized) return nullptr;
+  if (!w.gated) return w.scale + col;
+  const int64_t half = round_up(cols, kLanes);
+  for (int64_t j = 0; j < half; j += kLanes) {
+    store(room + j, load(w.scale + col + j));
+    store(room + half + j, load(w.scale + w.n + col + j));
+  }
+  return room;
+}
+
+// source(row, out): writes the k elements of a row of A; of a quantised one, returns the scale. Or
+// PackedRows, then m is one block.
 // epilogue(tile, row, rows, col, cols): takes rows x cols results; a tile's rows are kPanel apart.
 // epilogue.prefetch(row, col, tiles): names what it will read and write for a tile.
 template <class P, class Source, class Epilogue>
@@ -254,46 +319,62 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
   const int64_t chunks = split_rows(min(block_rows, m), panels, threads);
   const int64_t chunk_rows = round_up(ceil_div(min(block_rows, m), chunks), kRows);
 
-  const int64_t panel_elements = kc / P::kPair * kPanel * P::kPair;
+  const int64_t panel_elements = (kc / P::kPair + P::kHasSums) * kPanel * P::kPair;
   const int64_t partial_rows = k_chunks > 1 ? chunk_rows : kRows;
-  const int64_t worker_bytes = round_up(panel_elements * sizeof(Element), 64) +
-                               partial_rows * kPanel * static_cast<int64_t>(sizeof(float));
+  const auto carve = [&](char* base) {
+    Carver take{base};
+    ProductWorker<P> worker;
+    worker.panel = take.array<Element>(panel_elements);
+    worker.partial = take.array<float>(partial_rows * kPanel);
+    worker.scales = take.array<float>(P::kQuantized && w.gated ? kPanel : 0);
+    worker.bytes = take.used;
+    return worker;
+  };
+  const int64_t worker_bytes = carve(nullptr).bytes;
 
   // A row is dear where the source pools tokens: then few rows must still keep all threads busy.
   const int64_t fill_rows = max(min(min(block_rows, m) / (4 * threads), kRows), 1);
 
   Element* rows;
+  float* row_scales = nullptr;
   if constexpr (kIsPacked<Source>) {
     rows = source.rows;
   } else {
-    rows = static_cast<Element*>(scratch(Slot::kRows, block_rows * lda * sizeof(Element)));
+    const int64_t bytes = block_rows * lda * static_cast<int64_t>(sizeof(Element));
+    const int64_t scale_bytes = P::kQuantized ? block_rows * sizeof(float) : 0;
+    auto* memory = static_cast<char*>(scratch(Slot::kRows, bytes + scale_bytes));
+    rows = reinterpret_cast<Element*>(memory);
+    row_scales = reinterpret_cast<float*>(memory + bytes);
   }
   auto* workers = static_cast<char*>(scratch(Slot::kWorkers, worker_bytes * threads));
 
   // Tasks are handed out in order, so a thread's next one is probably `threads` further on.
   const auto next_column = [&](int64_t task) { return (task + threads) / chunks * panel_columns; };
 
-  const auto run_task = [&](int64_t block, int64_t block_size, int64_t task, char* worker) {
+  const auto run_task = [&](int64_t block, int64_t block_size, int64_t task,
+                            const ProductWorker<P>& worker) {
     const int64_t col = task / chunks * panel_columns, cols = min(panel_columns, w.n - col);
     const int64_t begin = task % chunks * chunk_rows, end = min(begin + chunk_rows, block_size);
-    auto* panel = reinterpret_cast<Element*>(worker);
-    auto* partial =
-        reinterpret_cast<float*>(worker + round_up(panel_elements * sizeof(Element), 64));
     if (begin >= end) return;
     const int64_t groups = ceil_div(end - begin, kRows);
+    const float* column_scales = panel_scales<P>(w, col, cols, worker.scales);
     int64_t k0 = 0;
     do {  // once even for K == 0: the epilogue still has a bias to store
       const int64_t k = min(kc, w.k - k0), next = k0 + kc;
-      const int64_t vectors = pack_panel<P>(w, col, cols, k0, k, panel);
+      const int64_t vectors = pack_panel<P>(w, col, cols, k0, k, worker.panel);
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t r = begin + g * kRows, mr = min(kRows, end - r);
-        float* tile = k_chunks > 1 ? partial + g * kRows * kPanel : partial;
+        float* tile = worker.partial + (k_chunks > 1 ? g * kRows * kPanel : 0);
         Prefetch prefetch = next < w.k ? w.prefetch<P>(col, next, g, groups)
                                        : w.prefetch<P>(next_column(task), 0, g, groups);
         prefetch.a = reinterpret_cast<const char*>(rows + (r + kRows) * lda + k0);
-        if (next >= w.k) epilogue.prefetch(block + r, col, prefetch.tiles);
-        MicroKernels<P>::get(mr, vectors)(ceil_div(k, P::kPair), rows + r * lda + k0, lda, panel,
-                                          tile, kPanel, k0 > 0, prefetch);
+        Scales scales;
+        if (next >= w.k) {
+          epilogue.prefetch(block + r, col, prefetch.tiles);
+          if constexpr (P::kQuantized) scales = {row_scales + r, column_scales};
+        }
+        MicroKernels<P>::get(mr, vectors)(ceil_div(k, P::kPair), rows + r * lda + k0, lda,
+                                          worker.panel, tile, kPanel, k0 > 0, scales, prefetch);
         if (next >= w.k) epilogue(tile, block + r, mr, col, cols);
       }
       k0 = next;
@@ -302,7 +383,7 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
 
 #pragma omp parallel num_threads(threads)
   {
-    char* worker = workers + FASTVIT_THREAD_INDEX * worker_bytes;
+    const ProductWorker<P> worker = carve(workers + FASTVIT_THREAD_INDEX * worker_bytes);
     for (int64_t block = 0; block < m; block += block_rows) {
       if (block > 0) {  // the region's end is barrier enough for the last block
 #pragma omp barrier
@@ -312,7 +393,11 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
 #pragma omp for schedule(dynamic, fill_rows)
         for (int64_t r = 0; r < block_size; ++r) {
           Element* row = rows + r * lda;
-          source(block + r, row);
+          if constexpr (P::kQuantized) {
+            row_scales[r] = source(block + r, row);
+          } else {
+            source(block + r, row);
+          }
           for (int64_t k = w.k; k % P::kPair != 0; ++k) row[k] = Element{};
         }
       }

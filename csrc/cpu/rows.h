@@ -70,6 +70,11 @@ class Vectors {
     return out;
   }
 
+  // One scale for each row of an int8 weight; null for another one.
+  const float* take_scale(const View* scale, int64_t n) {
+    return scale ? take(scale, 0, n, 0.0f) : nullptr;
+  }
+
   // Uninitialised space for n more values.
   float* room(int64_t n) {
     float* out = next_;

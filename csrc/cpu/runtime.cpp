@@ -9,6 +9,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <mutex>
 #include <new>
 
 namespace fastvit::cpu {
@@ -87,6 +88,31 @@ int usable_threads(int requested) {
   (void)requested;
   return 1;
 #endif
+}
+
+const float* rotation_signs(int64_t n) {
+  // A longer table replaces a shorter one, which somebody may still read: the lengths double, so
+  // all that were ever made take no more than twice the last.
+  static std::atomic<const float*> table{nullptr};
+  static std::atomic<int64_t> length{0};
+  static std::mutex making;
+  if (n > length.load(std::memory_order_acquire)) {
+    const std::lock_guard<std::mutex> lock(making);
+    if (n > length.load(std::memory_order_relaxed)) {
+      int64_t count = 8192;
+      while (count < n) count *= 2;
+      auto* signs = new float[static_cast<size_t>(count)];
+      for (int64_t i = 0; i < count; ++i) {
+        auto hash = static_cast<uint32_t>(i);
+        hash = (hash ^ hash >> 16) * 0x7feb352dU;
+        hash = (hash ^ hash >> 15) * 0x846ca68bU;
+        signs[i] = (hash ^ hash >> 16) & 1 ? -1.0f : 1.0f;
+      }
+      table.store(signs, std::memory_order_release);
+      length.store(count, std::memory_order_release);
+    }
+  }
+  return table.load(std::memory_order_acquire);
 }
 
 double seconds_now() {

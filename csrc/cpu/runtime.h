@@ -14,7 +14,7 @@ namespace fastvit::cpu {
 
 // A grow-only, 64-byte aligned buffer of the calling thread, freed when that thread ends. Every
 // slot is an independent buffer; asking again for the same slot invalidates what it held.
-enum class Slot : int { kVectors, kRows, kWorkers, kHidden, kCount };
+enum class Slot : int { kVectors, kRows, kWorkers, kHidden, kRow, kCount };
 void* scratch(Slot slot, size_t bytes);
 
 struct CacheSizes {
@@ -33,6 +33,10 @@ int usable_threads(int requested);
 #else
 #define FASTVIT_THREAD_INDEX 0
 #endif
+
+// Random-looking signs, +-1, for the elements of a row of n, the same ones always (quantize.h). The
+// pointer stays good.
+const float* rotation_signs(int64_t n);
 
 double seconds_now();
 

@@ -29,7 +29,8 @@ void self_attention(const SelfAttentionArgs& args) {
   const Kernels& run = kernels();
   const DType dtype = args.compute == Compute::kBF16 ? DType::kBF16 : DType::kF32;
   const int64_t tokens = args.x.size[0] / args.samples;
-  const int64_t inner = args.proj_weight.size[1], head_dim = inner / args.num_heads;
+  const int64_t inner = args.weights[0]->size[0] * args.projections / 3;
+  const int64_t head_dim = inner / args.num_heads;
 
   const int64_t sample_elements = tokens * 4 * inner;
   const int64_t budget = cache_sizes().l3 / 2 < (16 << 20) ? cache_sizes().l3 / 2 : 16 << 20;
@@ -52,8 +53,9 @@ void self_attention(const SelfAttentionArgs& args) {
     for (int64_t i = 0; i < args.projections; ++i) {
       const View third = shifted({qkv, dtype, 0, {}, {}}, i * inner);
       run.norm_linear({matrix(third.data, dtype, rows, args.weights[i]->size[0], 3 * inner), x,
-                       *args.weights[i], args.biases[i], args.norm_weight, args.norm_bias,
-                       args.norm, args.eps, Activation::kNone, args.compute, args.num_threads});
+                       *args.weights[i], args.scales[i], args.biases[i], args.norm_weight,
+                       args.norm_bias, args.norm, args.eps, Activation::kNone, args.compute,
+                       args.num_threads});
     }
 
     View slices[3];
@@ -78,8 +80,9 @@ void self_attention(const SelfAttentionArgs& args) {
     View row_scale;
     if (args.row_scale) row_scale = shifted(*args.row_scale, first);
     run.linear_residual({out, matrix(heads, dtype, rows, inner, inner), args.proj_weight, x,
-                         args.proj_bias, args.layer_scale, args.row_scale ? &row_scale : nullptr,
-                         tokens, args.compute, args.num_threads});
+                         args.proj_scale, args.proj_bias, args.layer_scale,
+                         args.row_scale ? &row_scale : nullptr, tokens, args.compute,
+                         args.num_threads});
   }
 }
 

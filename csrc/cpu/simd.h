@@ -62,6 +62,7 @@ FASTVIT_INLINE bf16 to_bf16(float x) {  // round to nearest even; NaN stays NaN
 constexpr int kLanes = 16;
 constexpr int kVectors = 4;
 using f32v = __m512;
+typedef int32_t i32v __attribute__((vector_size(64), may_alias));
 
 FASTVIT_INLINE __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 
@@ -117,6 +118,16 @@ FASTVIT_INLINE f32v abs(f32v v) { return _mm512_abs_ps(v); }
 FASTVIT_INLINE f32v nearest(f32v v) {
   return _mm512_maskz_roundscale_ps(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+FASTVIT_INLINE i32v to_int(f32v v) { return (i32v)_mm512_maskz_cvtps_epi32(0xffff, v); }
+FASTVIT_INLINE f32v to_float(i32v v) { return _mm512_maskz_cvtepi32_ps(0xffff, (__m512i)v); }
+// The lowest byte of each lane.
+FASTVIT_INLINE void store_bytes(void* p, i32v v) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)v));
+}
+// The lowest two bytes of each lane.
+FASTVIT_INLINE void store_words(void* p, i32v v) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v));
+}
 // p * 2^n for whole n; underflows to zero.
 FASTVIT_INLINE f32v scale_by_power(f32v p, f32v n) { return _mm512_maskz_scalef_ps(0xffff, p, n); }
 constexpr float kLowestPower = -160.0f;
@@ -134,6 +145,17 @@ FASTVIT_INLINE float reduce_max(f32v v) {
   __m128 quarter = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   quarter = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
   return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+
+// v times the Hadamard matrix of kLanes rows: sums and differences of lanes 1, 2, 4 and 8 apart.
+FASTVIT_INLINE f32v hadamard_lanes(f32v v) {
+  const auto signs = [](__mmask16 minus) __attribute__((always_inline)) {
+    return _mm512_mask_blend_ps(minus, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f));
+  };
+  v = fmadd(v, signs(0xaaaa), _mm512_maskz_permute_ps(0xffff, v, 0xb1));
+  v = fmadd(v, signs(0xcccc), _mm512_maskz_permute_ps(0xffff, v, 0x4e));
+  v = fmadd(v, signs(0xf0f0), _mm512_maskz_shuffle_f32x4(0xffff, v, v, 0xb1));
+  return fmadd(v, signs(0xff00), _mm512_maskz_shuffle_f32x4(0xffff, v, v, 0x4e));
 }
 
 // r[i] holds row i; afterwards r[j] holds column j.
@@ -187,6 +209,12 @@ FASTVIT_INLINE f32v load(const uint8_t* p) {
   return _mm256_cvtepi32_ps(
       _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
+FASTVIT_INLINE f32v to_float(i32v v) { return _mm256_cvtepi32_ps((__m256i)v); }
+FASTVIT_INLINE f32v hadamard_lanes(f32v v) {
+  v = fmadd(v, f32v{1, -1, 1, -1, 1, -1, 1, -1}, _mm256_permute_ps(v, 0xb1));
+  v = fmadd(v, f32v{1, 1, -1, -1, 1, 1, -1, -1}, _mm256_permute_ps(v, 0x4e));
+  return fmadd(v, f32v{1, 1, 1, 1, -1, -1, -1, -1}, _mm256_permute2f128_ps(v, v, 0x01));
+}
 
 FASTVIT_INLINE void transpose(f32v (&r)[kLanes]) {
   f32v t[kLanes];
@@ -229,6 +257,11 @@ FASTVIT_INLINE f32v fmadd(f32v a, f32v b, f32v c) { return a * b + c; }
 FASTVIT_INLINE f32v at_least(f32v v, f32v low) { return v < low ? low : v; }
 FASTVIT_INLINE f32v at_most(f32v v, f32v high) { return v > high ? high : v; }
 FASTVIT_INLINE i32v to_int(f32v v) { return __builtin_convertvector(v, i32v); }
+FASTVIT_INLINE f32v to_float(i32v v) { return __builtin_convertvector(v, f32v); }
+FASTVIT_INLINE f32v hadamard_lanes(f32v v) {
+  v = f32v{v[0] + v[1], v[0] - v[1], v[2] + v[3], v[2] - v[3]};
+  return f32v{v[0] + v[2], v[1] + v[3], v[0] - v[2], v[1] - v[3]};
+}
 FASTVIT_INLINE f32v load(const bf16* p) {
   return f32v{to_f32(p[0]), to_f32(p[1]), to_f32(p[2]), to_f32(p[3])};
 }
@@ -271,6 +304,13 @@ FASTVIT_INLINE f32v keep_first(f32v v, int64_t n) {
   return load(buffer);
 }
 
+FASTVIT_INLINE void store_bytes(void* p, i32v v) {
+  for (int i = 0; i < kLanes; ++i) static_cast<int8_t*>(p)[i] = static_cast<int8_t>(v[i]);
+}
+FASTVIT_INLINE void store_words(void* p, i32v v) {
+  for (int i = 0; i < kLanes; ++i) static_cast<int16_t*>(p)[i] = static_cast<int16_t>(v[i]);
+}
+
 // Adding 1.5 * 2^23 leaves no bits for a fraction; right for |v| < 2^22.
 FASTVIT_INLINE f32v nearest(f32v v) {
   const f32v magic = set1(12582912.0f);
@@ -303,7 +343,13 @@ constexpr int kRows = 6;                   // rows it finishes at once
 // A product reads A row by row and B as panels. One step consumes kPair consecutive k: `Unit` lanes
 // of 32 bits hold one f32, or two bf16 that the instruction multiplies and adds at once.
 
-struct ProductF32 {
+struct FloatAccumulators {
+  using Accumulator = f32v;
+  static constexpr bool kQuantized = false;
+  static constexpr bool kHasSums = false;
+};
+
+struct ProductF32 : FloatAccumulators {
   using Element = float;
   using Unit = f32v;
   static constexpr int kPair = 1;
@@ -320,7 +366,7 @@ struct ProductF32 {
 };
 
 #if defined(__AVX512BF16__)
-struct ProductBF16 {
+struct ProductBF16 : FloatAccumulators {
   using Element = bf16;
   using Unit = __m512bh;
   static constexpr int kPair = 2;
@@ -358,6 +404,100 @@ struct ProductBF16 {
 };
 #else
 using ProductBF16 = ProductF32;  // without the instruction, bf16 inputs are multiplied as f32
+#endif
+
+struct IntAccumulators {
+  using Accumulator = i32v;
+  static constexpr bool kQuantized = true;
+
+  FASTVIT_INLINE f32v bits(i32v v) { return (f32v)v; }
+};
+
+#if defined(__AVX512VNNI__)
+// The instruction multiplies unsigned by signed bytes, so A is shifted up by 128, and the product
+// that adds is taken off again: a panel brings -128 times the sum of each of its columns.
+struct ProductI8 : IntAccumulators {
+  using Element = int8_t;
+  using Unit = __m512i;
+  static constexpr int kPair = 4;
+  static constexpr bool kHasSums = true;
+  static constexpr int kShift = 128;
+
+  FASTVIT_INLINE Unit load_unit(const Element* p) { return _mm512_loadu_si512(p); }
+  FASTVIT_INLINE Unit broadcast(const Element* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+  }
+  FASTVIT_INLINE i32v mac(Unit a, Unit b, i32v c) {
+    return (i32v)_mm512_dpbusd_epi32((__m512i)c, a, b);
+  }
+  FASTVIT_INLINE Unit ones() { return _mm512_set1_epi8(1); }
+
+  FASTVIT_INLINE void store_row(Element* p, i32v v) { store_bytes(p, v + kShift); }
+  FASTVIT_INLINE f32v load_steps(const int8_t* p, int64_t n) {
+    if (n >= 4 * kLanes) return _mm512_castsi512_ps(_mm512_loadu_si512(p));
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi8((uint64_t{1} << n) - 1, p));
+  }
+};
+#else
+// Without byte instructions the products are of 16 bits, two to a step, which no sum overflows.
+struct ProductI8 : IntAccumulators {
+  using Element = int16_t;
+  static constexpr int kPair = 2;
+  static constexpr bool kHasSums = false;
+
+#if defined(__AVX512F__)
+  using Unit = __m512i;
+  FASTVIT_INLINE Unit load_unit(const Element* p) { return _mm512_loadu_si512(p); }
+  FASTVIT_INLINE Unit all(int32_t two) { return _mm512_set1_epi32(two); }
+  FASTVIT_INLINE i32v mac(Unit a, Unit b, i32v c) { return c + (i32v)_mm512_madd_epi16(a, b); }
+  FASTVIT_INLINE f32v widen(const int8_t* p) {
+    return _mm512_castsi512_ps(
+        _mm512_maskz_cvtepi8_epi16(~0u, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  }
+#elif defined(__AVX2__)
+  using Unit = __m256i;
+  FASTVIT_INLINE Unit load_unit(const Element* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  FASTVIT_INLINE Unit all(int32_t two) { return _mm256_set1_epi32(two); }
+  FASTVIT_INLINE i32v mac(Unit a, Unit b, i32v c) { return c + (i32v)_mm256_madd_epi16(a, b); }
+  FASTVIT_INLINE f32v widen(const int8_t* p) {
+    return _mm256_castsi256_ps(
+        _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+#else
+  using Unit = i32v;
+  FASTVIT_INLINE Unit load_unit(const Element* p) {
+    Unit v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+  FASTVIT_INLINE Unit all(int32_t two) { return Unit{two, two, two, two}; }
+  FASTVIT_INLINE i32v mac(Unit a, Unit b, i32v c) {
+    return c + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+  }
+  FASTVIT_INLINE f32v widen(const int8_t* p) {
+    int16_t wide[2 * kLanes];
+    for (int i = 0; i < 2 * kLanes; ++i) wide[i] = p[i];
+    return bits(load_unit(wide));
+  }
+#endif
+
+  FASTVIT_INLINE Unit broadcast(const Element* p) {
+    int32_t two;
+    __builtin_memcpy(&two, p, 4);
+    return all(two);
+  }
+  FASTVIT_INLINE void store_row(Element* p, i32v v) { store_words(p, v); }
+  FASTVIT_INLINE f32v load_steps(const int8_t* p, int64_t n) {
+    if (n >= 2 * kLanes) return widen(p);
+    int8_t some[2 * kLanes] = {};
+    for (int64_t i = 0; i < n; ++i) some[i] = p[i];
+    return widen(some);
+  }
+};
 #endif
 
 }  // namespace fastvit::cpu::FASTVIT_ISA

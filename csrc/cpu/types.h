@@ -14,7 +14,8 @@ struct bf16 {
   uint16_t bits;
 };
 
-enum class DType : int { kF32 = 0, kBF16 = 1, kU8 = 2 };
+// 3 is float16, which only csrc/cuda takes.
+enum class DType : int { kF32 = 0, kBF16 = 1, kU8 = 2, kI8 = 4 };
 
 constexpr int kMaxDims = 6;
 
@@ -42,8 +43,9 @@ enum class Activation : int {
 
 enum class PoolMode : int { kToken = 0, kAvg = 1, kNormAvg = 2 };
 
-// What the products multiply; accumulation is always f32.
-enum class Compute : int { kF32 = 0, kBF16 = 1 };
+// What the products multiply. Floats accumulate in f32. A weight in int8 makes its own product one
+// of integers, whatever Compute says of the rest: see quantize.h.
+enum class Compute : int { kF32 = 0, kBF16 = 1, kI8 = 2 };
 
 namespace cpu {
 
@@ -60,10 +62,14 @@ struct PatchEmbedArgs {
   int num_threads;
 };
 
+// In what follows a weight may be int8, rotated (quantize.h), with one f32 scale per row. Then its
+// rows are as long as `x`'s rounded up to whole rotations.
+
 struct NormLinearArgs {
   View out;     // (M, N), or (M, N / 2) for swiglu
   View x;       // (M, K)
   View weight;  // (N, K)
+  const View* weight_scale;
   const View* bias;
   const View* norm_weight;
   const View* norm_bias;
@@ -88,6 +94,7 @@ struct LinearResidualArgs {
   View x;         // (M, K)
   View weight;    // (N, K)
   View residual;  // (M, N), may be out itself
+  const View* weight_scale;
   const View* bias;
   const View* layer_scale;
   const View* row_scale;  // (B) f32: one factor per rows_per_sample rows
@@ -100,9 +107,11 @@ struct SelfAttentionArgs {
   View out;                // (B N, D)
   View x;                  // (B N, D), the residual too
   const View* weights[3];  // one packed [q; k; v], (3 H d, D), or three, (H d, D)
+  const View* scales[3];   // of int8 weights
   const View* biases[3];
   int64_t projections;  // 1 or 3
   View proj_weight;     // (D, H d)
+  const View* proj_scale;
   const View* proj_bias;
   const View* norm_weight;
   const View* norm_bias;
@@ -118,10 +127,12 @@ struct SelfAttentionArgs {
 };
 
 struct MlpArgs {
-  View out;      // (M, D)
-  View x;        // (M, D), the residual too
-  View weight1;  // (H, D), or (2 H, D) for swiglu
-  View weight2;  // (D, H)
+  View out;            // (M, D)
+  View x;              // (M, D), the residual too
+  View weight1;        // (H, D), or (2 H, D) for swiglu
+  View weight2;        // (D, H)
+  const View* scale1;  // of int8 weights
+  const View* scale2;
   const View* bias1;
   const View* bias2;
   const View* norm_weight;
@@ -132,6 +143,7 @@ struct MlpArgs {
   const View* layer_scale;
   const View* row_scale;  // (B) f32: one factor per rows_per_sample rows
   int64_t rows_per_sample;
+  int64_t hidden;  // H: weight2 in int8 has longer rows
   Compute compute;
   int num_threads;
 };
@@ -151,6 +163,14 @@ struct PoolArgs {
   int num_threads;
 };
 
+// out = quantised rotated rows of x: weights, once, by the code that quantises activations.
+struct QuantizeArgs {
+  View out;    // (M, K rounded up to whole rotations) int8
+  View scale;  // (M) f32
+  View x;      // (M, K) f32 | bf16
+  int num_threads;
+};
+
 // One instruction set's build of every operator.
 struct Kernels {
   void (*patch_embed)(const PatchEmbedArgs&);
@@ -159,7 +179,8 @@ struct Kernels {
   void (*linear_residual)(const LinearResidualArgs&);
   void (*mlp)(const MlpArgs&);
   void (*pool)(const PoolArgs&);
-  double (*peak)(Compute compute, int num_threads, double seconds);  // GFLOP/s
+  void (*quantize_rows)(const QuantizeArgs&);
+  double (*peak)(Compute compute, int num_threads, double seconds);  // G(FL)OP/s
 };
 
 }  // namespace cpu

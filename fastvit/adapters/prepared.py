@@ -52,8 +52,11 @@ def prepare(block: nn.Module, inner: list[nn.Module], parts: BlockParts, x: Tens
     norm1, norm2 = ({**_NO_NORM, **read_norm(norm, x.dtype)} for norm in (parts.norm1, parts.norm2))
     q, k, v = parts.qkv if len(parts.qkv) == 3 else (parts.qkv[0], (None, None), (None, None))
     operands = [
-        *(norm1["norm_weight"], norm1["norm_bias"], *q, *k, *v, *parts.proj, parts.layer_scale1),
-        *(norm2["norm_weight"], norm2["norm_bias"], *parts.fc1[0], *parts.fc2, parts.layer_scale2),
+        *(norm1["norm_weight"], norm1["norm_bias"]),
+        *(t for weight, bias in (q, k, v, parts.proj) for t in (weight, None, bias)),
+        *(parts.layer_scale1, norm2["norm_weight"], norm2["norm_bias"]),
+        *(t for weight, bias in (parts.fc1[0], parts.fc2) for t in (weight, None, bias)),
+        parts.layer_scale2,
     ]
     if not all(t is None or (_is_plain(t) and t.is_contiguous() and t.dtype in _DTYPES) for t in operands):
         return
@@ -73,6 +76,8 @@ def prepare(block: nn.Module, inner: list[nn.Module], parts: BlockParts, x: Tens
     call = extension.PreparedBlock(
         snapshot,
         operands,
+        [],
+        _backend.code(x.dtype),
         parts.num_heads,
         parts.scale,
         (_checks.NORMS.index(norm1["norm"]), norm1["eps"]),

@@ -96,7 +96,7 @@ def kernel(
     if backend == "cpp":
         view, contiguous, rows = _backend.view, _backend.contiguous, _backend.rows
         # Named, so that a contiguous copy lives until the call returns.
-        tensors = [rows(x), contiguous(weight), contiguous(bias), rows(residual), contiguous(layer_scale)]
+        tensors = [rows(x), contiguous(weight), None, contiguous(bias), rows(residual), contiguous(layer_scale)]
         factors = None if drop_path is None else drop_path.float().contiguous()
         out_rows = rows(out)
         _backend.extension().linear_residual(  # type: ignore[union-attr]

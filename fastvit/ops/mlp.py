@@ -153,7 +153,7 @@ def _kernel(*arguments: Any) -> Tensor:
     _backend.extension().mlp(  # type: ignore[union-attr]
         view(out_rows),
         view(rows),
-        *map(view, weights),
+        *map(view, (weights[0], None, weights[1], weights[2], None, *weights[3:])),
         _checks.NORMS.index(a.norm),
         a.eps,
         _checks.ACTIVATIONS.index(a.activation),

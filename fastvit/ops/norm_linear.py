@@ -106,7 +106,7 @@ def kernel(
     if backend == "cpp":
         view, contiguous = _backend.view, _backend.contiguous
         # Named, so that a contiguous copy lives until the call returns.
-        tensors = [_backend.rows(x), *map(contiguous, (weight, bias, norm_weight, norm_bias))]
+        tensors = [_backend.rows(x), *map(contiguous, (weight, None, bias, norm_weight, norm_bias))]
         _backend.extension().norm_linear(  # type: ignore[union-attr]
             view(_backend.rows(out)),
             *map(view, tensors),

@@ -207,7 +207,7 @@ def _kernel(*arguments: Any) -> Tensor:
     _backend.extension().self_attention(  # type: ignore[union-attr]
         view(out_rows),
         view(rows),
-        *map(view, weights),
+        *(view(t) for i in range(0, 8, 2) for t in (weights[i], None, weights[i + 1])),
         view(vectors[0]),
         view(vectors[1]),
         _checks.NORMS.index(a.norm),

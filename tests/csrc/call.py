@@ -42,7 +42,7 @@ def norm_linear(
     out = blank(x.shape[0], width, dtype=out_dtype or compute)
     vectors = map(view, (bias, norm_weight, norm_bias))
     codes = (NORMS.index(norm), eps, ACTIVATIONS.index(activation), compute_code(compute), threads)
-    _C.norm_linear(view(out), view(x), view(weight), *vectors, *codes)
+    _C.norm_linear(view(out), view(x), view(weight), None, *vectors, *codes)
     return out
 
 
@@ -60,7 +60,7 @@ def linear_residual(
     threads: int = 2,
 ) -> Tensor:
     out = blank(*residual.shape, dtype=residual.dtype) if out is None else out
-    views = map(view, (out, x, weight, bias, residual, layer_scale, row_scale))
+    views = map(view, (out, x, weight, None, bias, residual, layer_scale, row_scale))
     _C.linear_residual(*views, rows_per_sample, compute_code(compute), threads)
     return out
 
@@ -82,7 +82,7 @@ def mlp(
     threads: int = 2,
 ) -> Tensor:
     out = blank(*x.shape, dtype=x.dtype)
-    views = map(view, (out, x, weight1, bias1, weight2, bias2, norm_weight, norm_bias))
+    views = map(view, (out, x, weight1, None, bias1, weight2, None, bias2, norm_weight, norm_bias))
     codes = (NORMS.index("layer"), 1e-6, ACTIVATIONS.index(activation))
     _C.mlp(*views, *codes, view(layer_scale), view(row_scale), rows_per_sample, compute_code(compute), threads)
     return out
@@ -105,8 +105,8 @@ def self_attention(
     threads: int = 2,
 ) -> Tensor:
     out = blank(*x.shape, dtype=x.dtype)
-    qkv = [t for pair in projections for t in pair] + [None] * (6 - 2 * len(projections))
-    views = map(view, (out, x, *qkv, proj_weight, proj_bias, norm_weight, norm_bias))
+    qkv = [t for weight, bias in projections for t in (weight, None, bias)] + [None] * (9 - 3 * len(projections))
+    views = map(view, (out, x, *qkv, proj_weight, None, proj_bias, norm_weight, norm_bias))
     scale = (proj_weight.shape[1] // num_heads) ** -0.5
     ends = (view(attn_bias), scale, view(layer_scale), view(row_scale), samples, num_heads)
     _C.self_attention(*views, NORMS.index("layer"), 1e-6, *ends, compute_code(compute), threads)
