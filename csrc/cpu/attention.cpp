@@ -9,9 +9,9 @@
 //   for each chunk of keys                  one chunk for most ViTs; sized for L2
 //     pack K and V of the chunk
 //     for each group of 6 query rows
-//       scores (6 x chunk, L1) = q k^T
+//       scores (6 x chunk, L1) = q k^T      q where it lies, if it has the dtype of the product
 //       softmax in f32, online over chunks: running maximum and sum per row
-//       output (6 x head_dim) = rescaled output + p v
+//       output (6 x head_dim) = rescaled output + p v, divided by the sum after the last chunk
 //
 // The N x N matrix never exists: the widest thing is 6 rows of one chunk. Probabilities are used
 // unnormalised, in [0, 1], so rounding them to bf16 costs one relative rounding; the division by
@@ -75,7 +75,7 @@ template <class P>
 struct Worker {
   using Element = typename P::Element;
 
-  Element* q;      // (block, ldq)
+  Element* q;      // (block, ldq), where q has another dtype
   Element* k;      // panels of (head_dim / pair, kPanel)
   Element* v;      // panels of (chunk / pair, panel width)
   Element* p;      // (kRows, ldp), bf16 only: f32 probabilities overwrite the scores
@@ -99,6 +99,7 @@ class Attention {
         head_dim_(args.q.size[3]),
         keys_(args.k.size[1]),
         panels_(head_dim_),
+        in_place_(args.q.dtype == kDType && head_dim_ % P::kPair == 0),
         scale_(args.scale * kLog2e) {}
 
   void run() {
@@ -137,10 +138,17 @@ class Attention {
   }
 
  private:
+  static constexpr DType kDType = P::kPair == 1 ? DType::kF32 : DType::kBF16;
+
+  struct Queries {
+    const Element* rows;
+    int64_t ld;
+  };
+
   Worker<P> carve(char* base) const {
     Carver take{base};
     Worker<P> w;
-    w.q = take.array<Element>(block_ * ldq_);
+    w.q = take.array<Element>(in_place_ ? 0 : block_ * ldq_);
     w.k = take.array<Element>(round_up(head_dim_, P::kPair) * chunk_);
     w.v = take.array<Element>(chunk_ * ldo_);
     w.p = take.array<Element>(P::kPair == 1 ? 0 : kRows * ldp_);
@@ -169,17 +177,18 @@ class Attention {
 
   void attend(const Worker<P>& w, int64_t sample, int64_t head, int64_t begin, int64_t end,
               int64_t next) const {
-    const Rows q(args_.q, 0);
-    for (int64_t i = begin; i < end; ++i) {
-      Element* row = w.q + (i - begin) * ldq_;
-      const int64_t offset = at(args_.q, sample, i, head);
-      for (int64_t d = 0; d < head_dim_; d += kLanes) {  // a short vector loads zeros
-        store(row + d, q.load_at(offset + d, head_dim_ - d));
-      }
+    Queries q{static_cast<const Element*>(args_.q.data), args_.q.stride[1]};
+    if (in_place_) {
+      q.rows += at(args_.q, sample, begin, head);
+    } else {
+      copy_queries(w, sample, head, begin, end);
+      q = {w.q, ldq_};
     }
     const Bias bias(args_.bias, sample, head);
     if (keys_ == 0) {
       for (int64_t i = 0; i < (end - begin) * ldo_; ++i) w.out[i] = 0.0f;
+      for (int64_t i = 0; i < end - begin; ++i) w.row_sum[i] = 0.0f;
+      finish(w, sample, head, begin, begin, end);
     }
     for (int64_t k0 = 0; k0 < keys_; k0 += chunk_) {
       const int64_t keys = min(chunk_, keys_ - k0);
@@ -190,12 +199,24 @@ class Attention {
         prefetch(args_.q, next, r, min(r + kRows, queries_));
         prefetch(args_.k, next, k0 + r - begin, min(k0 + r - begin + kRows, keys_));
         prefetch(args_.v, next, k0 + r - begin, min(k0 + r - begin + kRows, keys_));
-        score(w, r - begin, rows, keys);
-        for (int64_t i = 0; i < rows; ++i) softmax(w, bias, r - begin + i, i, r + i, k0, keys);
+        score(w, q.rows + (r - begin) * q.ld, q.ld, rows, keys);
+        softmax(w, bias, r - begin, rows, r, k0, keys);
         weigh(w, r - begin, rows, keys, k0 > 0);
+        if (k0 + keys == keys_) finish(w, sample, head, begin, r, r + rows);
       }
     }
-    finish(w, sample, head, begin, end);
+  }
+
+  void copy_queries(const Worker<P>& w, int64_t sample, int64_t head, int64_t begin,
+                    int64_t end) const {
+    const Rows q(args_.q, 0);
+    for (int64_t i = begin; i < end; ++i) {
+      Element* row = w.q + (i - begin) * ldq_;
+      const int64_t offset = at(args_.q, sample, i, head);
+      for (int64_t d = 0; d < head_dim_; d += kLanes) {  // a short vector loads zeros
+        store(row + d, q.load_at(offset + d, head_dim_ - d));
+      }
+    }
   }
 
   void pack_keys(const Worker<P>& w, int64_t sample, int64_t head, int64_t k0, int64_t keys) const {
@@ -228,72 +249,102 @@ class Attention {
     return w.v + panels_.first(i) * kLanes * chunk_;
   }
 
-  void score(const Worker<P>& w, int64_t row, int64_t rows, int64_t keys) const {
+  void score(const Worker<P>& w, const Element* q, int64_t ld, int64_t rows, int64_t keys) const {
     const int64_t steps = ceil_div(head_dim_, P::kPair);
     for (int64_t key = 0; key < keys; key += kPanel) {
       const int64_t vectors = min(ceil_div(keys - key, kLanes), kVectors);
-      MicroKernels<P>::get(rows, vectors)(steps, w.q + row * ldq_, ldq_,
-                                          w.k + key * steps * P::kPair, w.scores + key, lds_, false,
-                                          {}, {});
+      MicroKernels<P>::get(rows, vectors)(steps, q, ld, w.k + key * steps * P::kPair,
+                                          w.scores + key, lds_, false, {}, {});
     }
   }
 
-  // Scores of one row to unnormalised probabilities, in powers of two: 2^(log2(e) (s - max)).
-  void softmax(const Worker<P>& w, const Bias& bias, int64_t row, int64_t i, int64_t query,
+  // Scores of a group of rows to unnormalised probabilities, in powers of two:
+  // 2^(log2(e) (s - max)). First the maxima of all rows, then the powers, so that the rows' chains
+  // of dependent instructions overlap.
+  void softmax(const Worker<P>& w, const Bias& bias, int64_t row, int64_t rows, int64_t query,
                int64_t k0, int64_t keys) const {
-    float* s = w.scores + i * lds_;
     float scale = scale_;
-    if (bias.view) {
-      bias.apply(s, query, k0, keys, args_.scale);
-      scale = kLog2e;
-    }
-    const int64_t padded = round_up(keys, kLanes);
-    for (int64_t j = keys; j < padded; ++j) s[j] = s[0];  // leaves the maximum alone
-
-    f32v best[4] = {set1(-kInfinity), set1(-kInfinity), set1(-kInfinity), set1(-kInfinity)};
-    int64_t at = 0;
-    for (; at + 4 * kLanes <= padded; at += 4 * kLanes) {
-#pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) {
-        best[c] = at_least(load(s + at + c * kLanes) * set1(scale), best[c]);
+    if (bias.view || scale < 0.0f) {
+      for (int64_t i = 0; i < rows; ++i) {
+        float* s = w.scores + i * lds_;
+        if (bias.view) {
+          bias.apply(s, query + i, k0, keys, args_.scale);
+        } else {
+          for (int64_t j = 0; j < keys; j += kLanes) store(s + j, zero() - load(s + j));
+        }
       }
+      scale = bias.view ? kLog2e : -scale;
     }
-    for (; at < padded; at += kLanes) best[0] = at_least(load(s + at) * set1(scale), best[0]);
-    float highest = reduce_max(at_least(at_least(best[0], best[1]), at_least(best[2], best[3])));
-    const bool later = k0 > 0;
-    if (later && w.row_max[row] > highest) highest = w.row_max[row];
-    const f32v shift = set1(highest == -kInfinity ? 0.0f : -highest);
+    const int64_t whole = keys / kLanes * kLanes, left = keys - whole;
+    float highest[kRows];
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* s = w.scores + i * lds_;
+      f32v best[4] = {set1(-kInfinity), set1(-kInfinity), set1(-kInfinity), set1(-kInfinity)};
+      int64_t j = 0;
+      for (; j + 4 * kLanes <= whole; j += 4 * kLanes) {
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) best[c] = at_least(load(s + j + c * kLanes), best[c]);
+      }
+      for (; j < whole; j += kLanes) best[0] = at_least(load(s + j), best[0]);
+      if (left > 0) best[1] = at_least(keep_first(load(s + j), left, best[1]), best[1]);
+      highest[i] =
+          scale * reduce_max(at_least(at_least(best[0], best[1]), at_least(best[2], best[3])));
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const float before = k0 > 0 ? w.row_max[row + i] : -kInfinity;
+      if (before > highest[i]) highest[i] = before;
+      const f32v shift = set1(highest[i] == -kInfinity ? 0.0f : -highest[i]);
+      float total = powers(w, i, set1(scale), shift, whole, left);
+      if (k0 > 0) {
+        const f32v keep = exp2(set1(before) + shift);
+        total += w.row_sum[row + i] * first_lane(keep);
+        float* out = w.out + (row + i) * ldo_;
+        for (int64_t d = 0; d < ldo_; d += kLanes) store(out + d, load(out + d) * keep);
+      }
+      w.row_max[row + i] = highest[i];
+      w.row_sum[row + i] = total;
+    }
+  }
 
+  // p = 2^(s scale + shift) for a row of whole + left scores; returns the sum.
+  float powers(const Worker<P>& w, int64_t i, f32v scale, f32v shift, int64_t whole,
+               int64_t left) const {
+    const float* s = w.scores + i * lds_;
     Element* p;
     if constexpr (P::kPair == 1) {
-      p = s;
+      p = w.scores + i * lds_;
     } else {
       p = w.p + i * ldp_;
     }
-    f32v sum = zero();
-    const int64_t whole = keys / kLanes * kLanes;
-    for (int64_t j = 0; j < whole; j += kLanes) {
-      const f32v v = exp2(fmadd(load(s + j), set1(scale), shift));
-      sum += v;
+    const auto power = [&](int64_t j) __attribute__((always_inline)) {
+      const f32v x = fmadd(load(s + j), scale, shift);
+      if constexpr (P::kPair == 1) {
+        return exp2(x);
+      } else {
+        return exp2_bf16(x);
+      }
+    };
+    f32v sum[2] = {zero(), zero()};
+    int64_t j = 0;
+    for (; j + 2 * kLanes <= whole; j += 2 * kLanes) {
+#pragma GCC unroll 2
+      for (int c = 0; c < 2; ++c) {
+        const f32v v = power(j + c * kLanes);
+        sum[c] += v;
+        store(p + j + c * kLanes, v);
+      }
+    }
+    if (j < whole) {
+      const f32v v = power(j);
+      sum[0] += v;
       store(p + j, v);
     }
-    if (whole < keys) {
-      const f32v v = exp2(fmadd(load(s + whole), set1(scale), shift));
-      const f32v valid = keep_first(v, keys - whole);
-      sum += valid;
-      store(p + whole, valid);
+    if (left > 0) {
+      const f32v v = keep_first(power(whole), left);
+      sum[1] += v;
+      store(p + whole, v);
     }
-    float total = reduce_add(sum);
-    if (later) {
-      const float before = w.row_max[row];
-      float keep[kLanes];
-      store(keep, exp2(set1(before) + shift));
-      total += w.row_sum[row] * keep[0];
-      float* out = w.out + row * ldo_;
-      for (int64_t d = 0; d < ldo_; d += kLanes) store(out + d, load(out + d) * set1(keep[0]));
-    }
-    w.row_max[row] = highest;
-    w.row_sum[row] = total;
+    return reduce_add(sum[0] + sum[1]);
   }
 
   void weigh(const Worker<P>& w, int64_t row, int64_t rows, int64_t keys, bool accumulate) const {
@@ -310,10 +361,12 @@ class Attention {
     }
   }
 
-  void finish(const Worker<P>& w, int64_t sample, int64_t head, int64_t begin, int64_t end) const {
+  // Rows first .. last of a block that begins at `begin`.
+  void finish(const Worker<P>& w, int64_t sample, int64_t head, int64_t begin, int64_t first,
+              int64_t last) const {
     const Rows out(args_.out, 0);
-    for (int64_t i = begin; i < end; ++i) {
-      const float sum = keys_ > 0 ? w.row_sum[i - begin] : 0.0f;
+    for (int64_t i = first; i < last; ++i) {
+      const float sum = w.row_sum[i - begin];
       const f32v inverse = set1(sum == 0.0f ? 0.0f : 1.0f / sum);
       const float* row = w.out + (i - begin) * ldo_;
       const int64_t offset = at(args_.out, sample, i, head);
@@ -326,7 +379,8 @@ class Attention {
   const AttentionArgs& args_;
   const int64_t batch_, queries_, heads_, head_dim_, keys_;
   const HeadPanels panels_;
-  const float scale_;  // of scores without bias, in powers of two
+  const bool in_place_;  // is q read where it lies?
+  const float scale_;    // of scores without bias, in powers of two
   int64_t chunk_ = 0, block_ = 0;
   int64_t ldq_ = 0, lds_ = 0, ldp_ = 0, ldo_ = 0;
 };

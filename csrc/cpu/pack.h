@@ -56,18 +56,10 @@ static typename P::Accumulator pack_columns(const T* rows, int64_t ld, int64_t c
 template <class P, class T>
 static void pack_rows(const T* rows, int64_t ld, int64_t count, int64_t k,
                       typename P::Element* panel, int64_t line) {
-  const auto row = [&](int64_t s) {
-    if (s >= k) return zero();
-    return count >= kLanes ? load(rows + s * ld) : load(rows + s * ld, count);
-  };
   for (int64_t s = 0; s < k; s += P::kPair) {
-    f32v units;
-    if constexpr (P::kPair == 1) {
-      units = row(s);
-    } else {
-      units = P::interleave(row(s), row(s + 1));
-    }
-    store(reinterpret_cast<float*>(panel + s / P::kPair * line), units);
+    const T* row = rows + s * ld;
+    const T* next = s + 1 < k ? row + ld : nullptr;
+    store(reinterpret_cast<float*>(panel + s / P::kPair * line), P::load_pairs(row, next, count));
   }
 }
 

@@ -67,12 +67,13 @@ static void micro_kernel(int64_t steps, const typename P::Element* a, int64_t ld
                          const typename P::Element* b, float* c, int64_t ldc, bool accumulate,
                          const Scales& scales, const Prefetch& prefetch) {
   using Accumulator = typename P::Accumulator;
-  Accumulator acc[MR][NV];
+  Accumulator acc[MR][NV] = {};
+  if (accumulate) {
+    const float* row = c;
 #pragma GCC unroll 6
-  for (int i = 0; i < MR; ++i) {
+    for (int i = 0; i < MR; ++i, row += ldc) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) {
-      acc[i][j] = accumulate ? (Accumulator)load(c + i * ldc + j * kLanes) : Accumulator{};
+      for (int j = 0; j < NV; ++j) acc[i][j] = (Accumulator)load(row + j * kLanes);
     }
   }
   if constexpr (P::kHasSums) {
@@ -105,23 +106,28 @@ static void micro_kernel(int64_t steps, const typename P::Element* a, int64_t ld
     for (int i = 0; i < kUnroll; ++i) step();
   }
   for (; s < steps; ++s) step();
+  // Or the compiler works out all rows' addresses before the loop, and spills them.
+  asm volatile("" : "+r"(c));
   if constexpr (P::kQuantized) {
     if (scales.rows != nullptr) {
+      f32v column[NV];
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) {
-        const f32v column = load(scales.columns + j * kLanes);
+      for (int j = 0; j < NV; ++j) column[j] = load(scales.columns + j * kLanes);
 #pragma GCC unroll 6
-        for (int i = 0; i < MR; ++i) {
-          store(c + i * ldc + j * kLanes, to_float(acc[i][j]) * (column * set1(scales.rows[i])));
+      for (int i = 0; i < MR; ++i, c += ldc) {
+        const f32v row = set1(scales.rows[i]);
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) {
+          store(c + j * kLanes, to_float(acc[i][j]) * (column[j] * row));
         }
       }
       return;
     }
   }
 #pragma GCC unroll 6
-  for (int i = 0; i < MR; ++i) {
+  for (int i = 0; i < MR; ++i, c += ldc) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) store(c + i * ldc + j * kLanes, (f32v)acc[i][j]);
+    for (int j = 0; j < NV; ++j) store(c + j * kLanes, (f32v)acc[i][j]);
   }
 }
 
@@ -307,7 +313,7 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
 
   // K chunks: a packed panel takes a quarter of L2; A, C and the weights being read need the rest.
   const int64_t most_k =
-      max(caches.l2 / 4 / (kPanel * static_cast<int64_t>(sizeof(Element))), kUnit);
+      max(caches.l2 * 3 / 8 / (kPanel * static_cast<int64_t>(sizeof(Element))), kUnit);
   const int64_t k_chunks = max(ceil_div(w.k, most_k), 1);
   const int64_t kc = round_up(ceil_div(w.k, k_chunks), kUnit);
 

@@ -74,6 +74,9 @@ FASTVIT_INLINE void store(float* p, f32v v) { _mm512_storeu_ps(p, v); }
 FASTVIT_INLINE void store(float* p, f32v v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
 
 FASTVIT_INLINE f32v keep_first(f32v v, int64_t n) { return _mm512_maskz_mov_ps(first(n), v); }
+FASTVIT_INLINE f32v keep_first(f32v v, int64_t n, f32v others) {
+  return _mm512_mask_mov_ps(others, first(n), v);
+}
 
 FASTVIT_INLINE f32v widen_bf16(__m256i half) {
   return _mm512_castsi512_ps(
@@ -298,11 +301,13 @@ FASTVIT_INLINE void store(bf16* p, f32v v, int64_t n) {
   for (int i = 0; i < n && i < kLanes; ++i) p[i] = to_bf16(buffer[i]);
 }
 FASTVIT_INLINE void store(bf16* p, f32v v) { store(p, v, kLanes); }
-FASTVIT_INLINE f32v keep_first(f32v v, int64_t n) {
-  float buffer[kLanes] = {};
+FASTVIT_INLINE f32v keep_first(f32v v, int64_t n, f32v others) {
+  float buffer[kLanes];
+  store(buffer, others);
   store(buffer, v, n);
   return load(buffer);
 }
+FASTVIT_INLINE f32v keep_first(f32v v, int64_t n) { return keep_first(v, n, zero()); }
 
 FASTVIT_INLINE void store_bytes(void* p, i32v v) {
   for (int i = 0; i < kLanes; ++i) static_cast<int8_t*>(p)[i] = static_cast<int8_t>(v[i]);
@@ -335,6 +340,8 @@ FASTVIT_INLINE float reduce_max(f32v v) {
 
 #endif
 
+FASTVIT_INLINE float first_lane(f32v v) { return v[0]; }
+
 constexpr int kPanel = kVectors * kLanes;  // columns a micro-kernel finishes at once
 constexpr int kRows = 6;                   // rows it finishes at once
 
@@ -362,6 +369,12 @@ struct ProductF32 : FloatAccumulators {
   template <class T>
   FASTVIT_INLINE f32v load_steps(const T* p, int64_t n) {
     return n >= kLanes ? load(p) : load(p, n);
+  }
+
+  // One step of kLanes columns from one row, `n` of which exist.
+  template <class T>
+  FASTVIT_INLINE f32v load_pairs(const T* a, const T*, int64_t n) {
+    return load_steps(a, n);
   }
 };
 
@@ -393,13 +406,23 @@ struct ProductBF16 : FloatAccumulators {
     return (f32v)_mm512_cvtne2ps_pbh(high, low);
   }
 
-  // One step of kLanes columns from two rows: lane i is (a[i], b[i]).
-  FASTVIT_INLINE f32v interleave(f32v a, f32v b) {
+  // One step of kLanes columns from two rows: lane i is (a[i], b[i]), `n` of which exist.
+  FASTVIT_INLINE f32v load_pairs(const bf16* a, const bf16* b, int64_t n) {
+    const __mmask16 exist = n >= kLanes ? 0xffff : first(n);
+    const __m512i low = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_maskz_loadu_epi16(exist, a));
+    if (b == nullptr) return _mm512_castsi512_ps(low);
+    const __m512i high = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_maskz_loadu_epi16(exist, b));
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_maskz_slli_epi32(0xffff, high, 16)));
+  }
+  FASTVIT_INLINE f32v load_pairs(const float* a, const float* b, int64_t n) {
+    const __mmask16 exist = n >= kLanes ? 0xffff : first(n);
+    const f32v low = _mm512_maskz_loadu_ps(exist, a);
+    const f32v high = b == nullptr ? zero() : _mm512_maskz_loadu_ps(exist, b);
     const __m512i order =
         _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                          21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_castsi512_ps(
-        _mm512_maskz_permutexvar_epi16(~0u, order, (__m512i)_mm512_cvtne2ps_pbh(b, a)));
+        _mm512_maskz_permutexvar_epi16(~0u, order, (__m512i)_mm512_cvtne2ps_pbh(high, low)));
   }
 };
 #else
