@@ -23,6 +23,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -214,9 +215,9 @@ class NinjaBuild(build_ext):
 
 
 class Plan:
-    """What is compiled with which flags on this machine."""
+    """What is compiled with which flags on this machine; `levels` replaces those of ISA_FLAGS."""
 
-    def __init__(self) -> None:
+    def __init__(self, levels: dict[str, list[str]] | None = None) -> None:
         cxx = compiler()
         assert cxx is not None
         self.cxx = cxx
@@ -232,7 +233,7 @@ class Plan:
 
         machine = architecture(cxx)
         self.flags += [flag for flag in TUNING_FLAGS.get(machine, []) if compiles([*cxx, "-Werror", flag])]
-        levels = ISA_FLAGS[machine]
+        levels = levels or ISA_FLAGS[machine]
         self.isa_flags = {isa: extra for isa, extra in levels.items() if not extra or compiles([*cxx, *extra])}
         if left_out := [isa for isa in levels if isa not in self.isa_flags]:
             say(f"the compiler lacks {', '.join(left_out)}: these levels are left out")
@@ -271,6 +272,15 @@ class Plan:
             "why_no_cuda": why_no_cuda or None,
         }
 
+    def cpu_objects(self) -> Iterator[tuple[Path, str, list[str]]]:
+        """What csrc/cpu is compiled to: source, suffix of the object's name, further flags."""
+        for source in sorted(CSRC.glob("cpu/*.cpp")):
+            if source.read_text(encoding="utf-8").startswith(PER_ISA_MARK):
+                for isa, extra in self.isa_flags.items():
+                    yield source, f"{isa}.", [f"-DFASTVIT_ISA={isa}", *extra]
+            else:
+                yield source, "", []
+
     def script(self, target: Path, folder: Path, headers: Path) -> str:
         """build.ninja. -MMD leaves system headers out: only csrc's own headers trigger a rebuild."""
         include = [f"-I{CSRC}", "-isystem", str(headers), "-isystem", sysconfig.get_paths()["include"]]
@@ -291,12 +301,8 @@ class Plan:
             objects.append(escape(folder / ".".join([*source.relative_to(CSRC).parts, f"{suffix}o"])))
             rules.append(f"build {objects[-1]}: {rule} {escape(source)}\n  extra = {quote(extra or [])}")
 
-        for source in sorted(CSRC.glob("cpu/*.cpp")):
-            if source.read_text(encoding="utf-8").startswith(PER_ISA_MARK):
-                for isa, extra in self.isa_flags.items():
-                    compile_edge("cxx", source, f"{isa}.", [f"-DFASTVIT_ISA={isa}", *extra])
-            else:
-                compile_edge("cxx", source)
+        for source, suffix, extra in self.cpu_objects():
+            compile_edge("cxx", source, suffix, extra)
         if self.nvcc is not None:
             for source in sorted(CSRC.glob("cuda/*.cu")):
                 compile_edge("nvcc", source)

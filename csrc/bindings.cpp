@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/calls.h"
 #include "cpu/dispatch.h"
 #include "cpu/machine.h"
 #include "cpu/runtime.h"
@@ -31,79 +32,6 @@ void bind(py::module_& module);
 namespace {
 
 using Release = py::call_guard<py::gil_scoped_release>;
-
-void patch_embed(const View& out, const View& image, const View& weight, const View* bias,
-                 const View* pos_embed, const View* prefix, const View* channel_scale,
-                 const View* channel_shift, int compute, int num_threads) {
-  cpu::kernels().patch_embed({out, image, weight, bias, pos_embed, prefix, channel_scale,
-                              channel_shift, static_cast<Compute>(compute), num_threads});
-}
-
-void norm_linear(const View& out, const View& x, const View& weight, const View* bias,
-                 const View* norm_weight, const View* norm_bias, int norm, float eps,
-                 int activation, int compute, int num_threads) {
-  cpu::kernels().norm_linear({out, x, weight, bias, norm_weight, norm_bias, static_cast<Norm>(norm),
-                              eps, static_cast<Activation>(activation),
-                              static_cast<Compute>(compute), num_threads});
-}
-
-void attention(const View& out, const View& q, const View& k, const View& v, const View* bias,
-               float scale, int compute, int num_threads) {
-  cpu::kernels().attention({out, q, k, v, bias, scale, static_cast<Compute>(compute), num_threads});
-}
-
-void linear_residual(const View& out, const View& x, const View& weight, const View* bias,
-                     const View& residual, const View* layer_scale, const View* row_scale,
-                     int64_t rows_per_sample, int compute, int num_threads) {
-  cpu::kernels().linear_residual({out, x, weight, residual, bias, layer_scale, row_scale,
-                                  rows_per_sample, static_cast<Compute>(compute), num_threads});
-}
-
-void self_attention(const View& out, const View& x, const View& q_weight, const View* q_bias,
-                    const View* k_weight, const View* k_bias, const View* v_weight,
-                    const View* v_bias, const View& proj_weight, const View* proj_bias,
-                    const View* norm_weight, const View* norm_bias, int norm, float eps,
-                    const View* attn_bias, float scale, const View* layer_scale,
-                    const View* row_scale, int64_t samples, int64_t num_heads, int compute,
-                    int num_threads) {
-  cpu::self_attention({out,
-                       x,
-                       {&q_weight, k_weight, v_weight},
-                       {q_bias, k_bias, v_bias},
-                       k_weight ? 3 : 1,
-                       proj_weight,
-                       proj_bias,
-                       norm_weight,
-                       norm_bias,
-                       static_cast<Norm>(norm),
-                       eps,
-                       attn_bias,
-                       scale,
-                       layer_scale,
-                       row_scale,
-                       samples,
-                       num_heads,
-                       static_cast<Compute>(compute),
-                       num_threads});
-}
-
-void mlp(const View& out, const View& x, const View& weight1, const View* bias1,
-         const View& weight2, const View* bias2, const View* norm_weight, const View* norm_bias,
-         int norm, float eps, int activation, const View* layer_scale, const View* row_scale,
-         int64_t rows_per_sample, int compute, int num_threads) {
-  cpu::kernels().mlp({out, x, weight1, weight2, bias1, bias2, norm_weight, norm_bias,
-                      static_cast<Norm>(norm), eps, static_cast<Activation>(activation),
-                      layer_scale, row_scale, rows_per_sample, static_cast<Compute>(compute),
-                      num_threads});
-}
-
-void pool(const View& out, const View& x, int mode, int64_t num_prefix_tokens, int norm,
-          const View* norm_weight, const View* norm_bias, float eps, const View* weight,
-          const View* bias, int compute, int num_threads) {
-  cpu::kernels().pool({out, x, static_cast<PoolMode>(mode), num_prefix_tokens,
-                       static_cast<Norm>(norm), norm_weight, norm_bias, eps, weight, bias,
-                       static_cast<Compute>(compute), num_threads});
-}
 
 double peak(const std::string& kind, int num_threads, double seconds) {
   if (kind != "f32" && kind != "bf16") {
@@ -174,31 +102,33 @@ PYBIND11_MODULE(_C, m) {
   m.def("view", &view_of, py::arg("tensor"), "A torch tensor as a View.");
   bind_prepared(m);
 
-  m.def("patch_embed", &patch_embed, Release(), py::arg("out"), py::arg("image"), py::arg("weight"),
-        py::arg("bias"), py::arg("pos_embed"), py::arg("prefix"), py::arg("channel_scale"),
-        py::arg("channel_shift"), py::arg("compute"), py::arg("num_threads"));
-  m.def("norm_linear", &norm_linear, Release(), py::arg("out"), py::arg("x"), py::arg("weight"),
-        py::arg("bias"), py::arg("norm_weight"), py::arg("norm_bias"), py::arg("norm"),
-        py::arg("eps"), py::arg("activation"), py::arg("compute"), py::arg("num_threads"));
-  m.def("attention", &attention, Release(), py::arg("out"), py::arg("q"), py::arg("k"),
+  m.def("patch_embed", &calls::patch_embed, Release(), py::arg("out"), py::arg("image"),
+        py::arg("weight"), py::arg("bias"), py::arg("pos_embed"), py::arg("prefix"),
+        py::arg("channel_scale"), py::arg("channel_shift"), py::arg("compute"),
+        py::arg("num_threads"));
+  m.def("norm_linear", &calls::norm_linear, Release(), py::arg("out"), py::arg("x"),
+        py::arg("weight"), py::arg("bias"), py::arg("norm_weight"), py::arg("norm_bias"),
+        py::arg("norm"), py::arg("eps"), py::arg("activation"), py::arg("compute"),
+        py::arg("num_threads"));
+  m.def("attention", &calls::attention, Release(), py::arg("out"), py::arg("q"), py::arg("k"),
         py::arg("v"), py::arg("bias"), py::arg("scale"), py::arg("compute"),
         py::arg("num_threads"));
-  m.def("linear_residual", &linear_residual, Release(), py::arg("out"), py::arg("x"),
+  m.def("linear_residual", &calls::linear_residual, Release(), py::arg("out"), py::arg("x"),
         py::arg("weight"), py::arg("bias"), py::arg("residual"), py::arg("layer_scale"),
         py::arg("row_scale"), py::arg("rows_per_sample"), py::arg("compute"),
         py::arg("num_threads"));
-  m.def("self_attention", &self_attention, Release(), py::arg("out"), py::arg("x"),
+  m.def("self_attention", &calls::self_attention, Release(), py::arg("out"), py::arg("x"),
         py::arg("q_weight"), py::arg("q_bias"), py::arg("k_weight"), py::arg("k_bias"),
         py::arg("v_weight"), py::arg("v_bias"), py::arg("proj_weight"), py::arg("proj_bias"),
         py::arg("norm_weight"), py::arg("norm_bias"), py::arg("norm"), py::arg("eps"),
         py::arg("attn_bias"), py::arg("scale"), py::arg("layer_scale"), py::arg("row_scale"),
         py::arg("samples"), py::arg("num_heads"), py::arg("compute"), py::arg("num_threads"));
-  m.def("mlp", &mlp, Release(), py::arg("out"), py::arg("x"), py::arg("weight1"), py::arg("bias1"),
-        py::arg("weight2"), py::arg("bias2"), py::arg("norm_weight"), py::arg("norm_bias"),
-        py::arg("norm"), py::arg("eps"), py::arg("activation"), py::arg("layer_scale"),
-        py::arg("row_scale"), py::arg("rows_per_sample"), py::arg("compute"),
-        py::arg("num_threads"));
-  m.def("pool", &pool, Release(), py::arg("out"), py::arg("x"), py::arg("mode"),
+  m.def("mlp", &calls::mlp, Release(), py::arg("out"), py::arg("x"), py::arg("weight1"),
+        py::arg("bias1"), py::arg("weight2"), py::arg("bias2"), py::arg("norm_weight"),
+        py::arg("norm_bias"), py::arg("norm"), py::arg("eps"), py::arg("activation"),
+        py::arg("layer_scale"), py::arg("row_scale"), py::arg("rows_per_sample"),
+        py::arg("compute"), py::arg("num_threads"));
+  m.def("pool", &calls::pool, Release(), py::arg("out"), py::arg("x"), py::arg("mode"),
         py::arg("num_prefix_tokens"), py::arg("norm"), py::arg("norm_weight"), py::arg("norm_bias"),
         py::arg("eps"), py::arg("weight"), py::arg("bias"), py::arg("compute"),
         py::arg("num_threads"));
