@@ -15,7 +15,7 @@ import fastvit
 from fastvit import _C
 from tests.csrc import call
 from tests.csrc.emulated import machines
-from tests.csrc.emulated.driver import Missing, require
+from tests.csrc.emulated.driver import ROOT, Missing, require, setup_py
 
 X86 = ["scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
 ARM64 = ["neon", "neon_dotprod", "neon_bf16"]
@@ -148,6 +148,16 @@ def test_the_environment_chooses_a_level(wanted: str) -> None:
     else:
         assert isa == supported[-1]
         assert why == f"FASTVIT_CPU_ISA={wanted} is ignored: accepted here are {', '.join(supported)}"
+
+
+def test_every_level_that_is_compiled_can_be_found_and_is_documented() -> None:
+    flags = setup_py().ISA_FLAGS
+    known = {"x86_64": X86, "arm64": ARM64, "other": ["scalar"]}
+    readme = (ROOT / "README.md").read_text()
+    for architecture, levels in flags.items():
+        assert list(levels) == [level for level in known[architecture] if level in levels]
+        assert next(iter(levels.values())) == [], "the plainest level needs nothing"
+        assert all(f"`{level}`" in readme for level in levels)
 
 
 def test_compiled_levels_are_recorded() -> None:
