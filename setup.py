@@ -23,6 +23,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -34,12 +35,24 @@ CSRC = ROOT / "csrc"
 PER_ISA_MARK = "// fastvit: per-isa"
 
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
-ISA_FLAGS = {
-    "scalar": [],
-    "avx2": ["-mavx2", "-mfma"],
-    "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+# The levels of each architecture, from the plainest to the best, and what compiles them (csrc/cpu/machine.cpp knows
+# which a machine has). Every CPU with AVX512-BF16 has VNNI, and every arm64 server with BF16 has I8MM.
+ISA_FLAGS: dict[str, dict[str, list[str]]] = {
+    "x86_64": {
+        "scalar": [],
+        "avx2": ["-mavx2", "-mfma"],
+        "avx512": AVX512,
+        "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+    },
+    "arm64": {
+        "neon": [],
+        "neon_bf16": ["-march=armv8.2-a+dotprod+bf16+i8mm"],
+    },
+    "other": {"scalar": []},
 }
+# Taken where the compiler knows them. GCC's scheduler, before registers are allocated, would hoist the loads of eight
+# steps of the micro-kernel into registers that it doesn't have.
+TUNING_FLAGS = {"arm64": ["-fno-schedule-insns"]}
 CXX_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -76,6 +89,13 @@ def compiler() -> list[str] | None:
     if command := shlex.split(os.environ.get("CXX", "")):
         return command if shutil.which(command[0]) else None
     return next(([name] for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
+
+
+def architecture(cxx: list[str]) -> str:
+    """A key of ISA_FLAGS: what the compiler compiles for, which need not be the machine it runs on."""
+    asked = subprocess.run([*cxx, "-dumpmachine"], capture_output=True, text=True, check=False)
+    machine = (asked.stdout.split("-")[0].strip() or platform.machine()).lower()
+    return {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "arm64", "arm64": "arm64"}.get(machine, "other")
 
 
 def why_no_extension() -> str | None:
@@ -195,9 +215,9 @@ class NinjaBuild(build_ext):
 
 
 class Plan:
-    """What is compiled with which flags on this machine."""
+    """What is compiled with which flags on this machine; `levels` replaces those of ISA_FLAGS."""
 
-    def __init__(self) -> None:
+    def __init__(self, levels: dict[str, list[str]] | None = None) -> None:
         cxx = compiler()
         assert cxx is not None
         self.cxx = cxx
@@ -211,13 +231,13 @@ class Plan:
             say("the compiler has no OpenMP: the C++ kernels will run on one thread")
             self.flags.append("-Wno-unknown-pragmas")
 
-        x86 = platform.machine().lower() in ("x86_64", "amd64")
-        self.isas = [isa for isa, extra in ISA_FLAGS.items() if isa == "scalar" or (x86 and compiles([*cxx, *extra]))]
-        if x86 and len(self.isas) < len(ISA_FLAGS):
-            say(
-                f"the compiler lacks {', '.join(i for i in ISA_FLAGS if i not in self.isas)}: these levels are left out"
-            )
-        self.flags += [f"-DFASTVIT_HAVE_{isa.upper()}=1" for isa in self.isas]
+        machine = architecture(cxx)
+        self.flags += [flag for flag in TUNING_FLAGS.get(machine, []) if compiles([*cxx, "-Werror", flag])]
+        levels = levels or ISA_FLAGS[machine]
+        self.isa_flags = {isa: extra for isa, extra in levels.items() if not extra or compiles([*cxx, *extra])}
+        if left_out := [isa for isa in levels if isa not in self.isa_flags]:
+            say(f"the compiler lacks {', '.join(left_out)}: these levels are left out")
+        self.flags.append(f"-DFASTVIT_LEVELS(X)={' '.join(f'X({isa})' for isa in self.isa_flags)}")
 
         self.nvcc, why_no_cuda = find_nvcc()
         self.archs: list[str] = []
@@ -246,11 +266,20 @@ class Plan:
         self.link += shlex.split(os.environ.get("LDFLAGS", ""))
         self.outcome = {
             "compiler": shlex.join(cxx),
-            "isas": self.isas,
+            "isas": list(self.isa_flags),
             "openmp": "-fopenmp" in self.flags,
             "cuda_archs": self.archs,
             "why_no_cuda": why_no_cuda or None,
         }
+
+    def cpu_objects(self) -> Iterator[tuple[Path, str, list[str]]]:
+        """What csrc/cpu is compiled to: source, suffix of the object's name, further flags."""
+        for source in sorted(CSRC.glob("cpu/*.cpp")):
+            if source.read_text(encoding="utf-8").startswith(PER_ISA_MARK):
+                for isa, extra in self.isa_flags.items():
+                    yield source, f"{isa}.", [f"-DFASTVIT_ISA={isa}", *extra]
+            else:
+                yield source, "", []
 
     def script(self, target: Path, folder: Path, headers: Path) -> str:
         """build.ninja. -MMD leaves system headers out: only csrc's own headers trigger a rebuild."""
@@ -272,12 +301,8 @@ class Plan:
             objects.append(escape(folder / ".".join([*source.relative_to(CSRC).parts, f"{suffix}o"])))
             rules.append(f"build {objects[-1]}: {rule} {escape(source)}\n  extra = {quote(extra or [])}")
 
-        for source in sorted(CSRC.glob("cpu/*.cpp")):
-            if source.read_text(encoding="utf-8").startswith(PER_ISA_MARK):
-                for isa in self.isas:
-                    compile_edge("cxx", source, f"{isa}.", [f"-DFASTVIT_ISA={isa}", *ISA_FLAGS[isa]])
-            else:
-                compile_edge("cxx", source)
+        for source, suffix, extra in self.cpu_objects():
+            compile_edge("cxx", source, suffix, extra)
         if self.nvcc is not None:
             for source in sorted(CSRC.glob("cuda/*.cu")):
                 compile_edge("nvcc", source)

@@ -9,8 +9,11 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "cpu/calls.h"
 #include "cpu/dispatch.h"
+#include "cpu/machine.h"
 #include "cpu/runtime.h"
 #include "cpu/types.h"
 #include "prepared.h"
@@ -29,88 +32,6 @@ void bind(py::module_& module);
 namespace {
 
 using Release = py::call_guard<py::gil_scoped_release>;
-
-void patch_embed(const View& out, const View& image, const View& weight, const View* bias,
-                 const View* pos_embed, const View* prefix, const View* channel_scale,
-                 const View* channel_shift, int compute, int num_threads) {
-  cpu::kernels().patch_embed({out, image, weight, bias, pos_embed, prefix, channel_scale,
-                              channel_shift, static_cast<Compute>(compute), num_threads});
-}
-
-void norm_linear(const View& out, const View& x, const View& weight, const View* weight_scale,
-                 const View* bias, const View* norm_weight, const View* norm_bias, int norm,
-                 float eps, int activation, int compute, int num_threads) {
-  cpu::kernels().norm_linear({out, x, weight, weight_scale, bias, norm_weight, norm_bias,
-                              static_cast<Norm>(norm), eps, static_cast<Activation>(activation),
-                              static_cast<Compute>(compute), num_threads});
-}
-
-void attention(const View& out, const View& q, const View& k, const View& v, const View* bias,
-               float scale, int compute, int num_threads) {
-  cpu::kernels().attention({out, q, k, v, bias, scale, static_cast<Compute>(compute), num_threads});
-}
-
-void linear_residual(const View& out, const View& x, const View& weight, const View* weight_scale,
-                     const View* bias, const View& residual, const View* layer_scale,
-                     const View* row_scale, int64_t rows_per_sample, int compute, int num_threads) {
-  cpu::kernels().linear_residual({out, x, weight, residual, weight_scale, bias, layer_scale,
-                                  row_scale, rows_per_sample, static_cast<Compute>(compute),
-                                  num_threads});
-}
-
-void self_attention(const View& out, const View& x, const View& q_weight, const View* q_scale,
-                    const View* q_bias, const View* k_weight, const View* k_scale,
-                    const View* k_bias, const View* v_weight, const View* v_scale,
-                    const View* v_bias, const View& proj_weight, const View* proj_scale,
-                    const View* proj_bias, const View* norm_weight, const View* norm_bias, int norm,
-                    float eps, const View* attn_bias, float scale, const View* layer_scale,
-                    const View* row_scale, int64_t samples, int64_t num_heads, int compute,
-                    int num_threads) {
-  cpu::self_attention({out,
-                       x,
-                       {&q_weight, k_weight, v_weight},
-                       {q_scale, k_scale, v_scale},
-                       {q_bias, k_bias, v_bias},
-                       k_weight ? 3 : 1,
-                       proj_weight,
-                       proj_scale,
-                       proj_bias,
-                       norm_weight,
-                       norm_bias,
-                       static_cast<Norm>(norm),
-                       eps,
-                       attn_bias,
-                       scale,
-                       layer_scale,
-                       row_scale,
-                       samples,
-                       num_heads,
-                       static_cast<Compute>(compute),
-                       num_threads});
-}
-
-void mlp(const View& out, const View& x, const View& weight1, const View* scale1, const View* bias1,
-         const View& weight2, const View* scale2, const View* bias2, const View* norm_weight,
-         const View* norm_bias, int norm, float eps, int activation, const View* layer_scale,
-         const View* row_scale, int64_t rows_per_sample, int compute, int num_threads) {
-  const auto kind = static_cast<Activation>(activation);
-  cpu::kernels().mlp({out, x, weight1, weight2, scale1, scale2, bias1, bias2, norm_weight,
-                      norm_bias, static_cast<Norm>(norm), eps, kind, layer_scale, row_scale,
-                      rows_per_sample, weight1.size[0] / (kind == Activation::kSwiglu ? 2 : 1),
-                      static_cast<Compute>(compute), num_threads});
-}
-
-void quantize_rows(const View& out, const View& scale, const View& x, int num_threads) {
-  cpu::kernels().quantize_rows({out, scale, x, num_threads});
-}
-
-void pool(const View& out, const View& x, int mode, int64_t num_prefix_tokens, int norm,
-          const View* norm_weight, const View* norm_bias, float eps, const View* weight,
-          const View* bias, int compute, int num_threads) {
-  cpu::kernels().pool({out, x, static_cast<PoolMode>(mode), num_prefix_tokens,
-                       static_cast<Norm>(norm), norm_weight, norm_bias, eps, weight, bias,
-                       static_cast<Compute>(compute), num_threads});
-}
 
 double peak(const std::string& kind, int num_threads, double seconds) {
   const char* const kinds[] = {"f32", "bf16", "int8"};  // the order of Compute
@@ -141,6 +62,15 @@ double copy_bandwidth(int num_threads, double seconds) {
     if (rate > best) best = rate;
   } while (cpu::seconds_now() < end);
   return best;
+}
+
+std::vector<std::string> x86_levels(uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t leaf7_ecx,
+                                    uint32_t leaf7_edx, uint32_t leaf7_1_eax, uint64_t xcr0) {
+  return cpu::levels(cpu::X86Words{leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_edx, leaf7_1_eax, xcr0});
+}
+
+std::vector<std::string> arm64_levels(uint64_t hwcap, uint64_t hwcap2) {
+  return cpu::levels(cpu::Arm64Words{hwcap, hwcap2});
 }
 
 py::dict omp_info() {
@@ -177,42 +107,48 @@ PYBIND11_MODULE(_C, m) {
         "A hash of some elements of a contiguous array, which most changes change.");
   bind_prepared(m);
 
-  m.def("patch_embed", &patch_embed, Release(), py::arg("out"), py::arg("image"), py::arg("weight"),
-        py::arg("bias"), py::arg("pos_embed"), py::arg("prefix"), py::arg("channel_scale"),
-        py::arg("channel_shift"), py::arg("compute"), py::arg("num_threads"));
-  m.def("norm_linear", &norm_linear, Release(), py::arg("out"), py::arg("x"), py::arg("weight"),
-        py::arg("weight_scale"), py::arg("bias"), py::arg("norm_weight"), py::arg("norm_bias"),
-        py::arg("norm"), py::arg("eps"), py::arg("activation"), py::arg("compute"),
+  m.def("patch_embed", &calls::patch_embed, Release(), py::arg("out"), py::arg("image"),
+        py::arg("weight"), py::arg("bias"), py::arg("pos_embed"), py::arg("prefix"),
+        py::arg("channel_scale"), py::arg("channel_shift"), py::arg("compute"),
         py::arg("num_threads"));
-  m.def("attention", &attention, Release(), py::arg("out"), py::arg("q"), py::arg("k"),
+  m.def("norm_linear", &calls::norm_linear, Release(), py::arg("out"), py::arg("x"),
+        py::arg("weight"), py::arg("weight_scale"), py::arg("bias"), py::arg("norm_weight"),
+        py::arg("norm_bias"), py::arg("norm"), py::arg("eps"), py::arg("activation"),
+        py::arg("compute"), py::arg("num_threads"));
+  m.def("attention", &calls::attention, Release(), py::arg("out"), py::arg("q"), py::arg("k"),
         py::arg("v"), py::arg("bias"), py::arg("scale"), py::arg("compute"),
         py::arg("num_threads"));
-  m.def("linear_residual", &linear_residual, Release(), py::arg("out"), py::arg("x"),
+  m.def("linear_residual", &calls::linear_residual, Release(), py::arg("out"), py::arg("x"),
         py::arg("weight"), py::arg("weight_scale"), py::arg("bias"), py::arg("residual"),
         py::arg("layer_scale"), py::arg("row_scale"), py::arg("rows_per_sample"),
         py::arg("compute"), py::arg("num_threads"));
-  m.def("self_attention", &self_attention, Release(), py::arg("out"), py::arg("x"),
+  m.def("self_attention", &calls::self_attention, Release(), py::arg("out"), py::arg("x"),
         py::arg("q_weight"), py::arg("q_scale"), py::arg("q_bias"), py::arg("k_weight"),
         py::arg("k_scale"), py::arg("k_bias"), py::arg("v_weight"), py::arg("v_scale"),
         py::arg("v_bias"), py::arg("proj_weight"), py::arg("proj_scale"), py::arg("proj_bias"),
         py::arg("norm_weight"), py::arg("norm_bias"), py::arg("norm"), py::arg("eps"),
         py::arg("attn_bias"), py::arg("scale"), py::arg("layer_scale"), py::arg("row_scale"),
         py::arg("samples"), py::arg("num_heads"), py::arg("compute"), py::arg("num_threads"));
-  m.def("mlp", &mlp, Release(), py::arg("out"), py::arg("x"), py::arg("weight1"), py::arg("scale1"),
-        py::arg("bias1"), py::arg("weight2"), py::arg("scale2"), py::arg("bias2"),
-        py::arg("norm_weight"), py::arg("norm_bias"), py::arg("norm"), py::arg("eps"),
-        py::arg("activation"), py::arg("layer_scale"), py::arg("row_scale"),
+  m.def("mlp", &calls::mlp, Release(), py::arg("out"), py::arg("x"), py::arg("weight1"),
+        py::arg("scale1"), py::arg("bias1"), py::arg("weight2"), py::arg("scale2"),
+        py::arg("bias2"), py::arg("norm_weight"), py::arg("norm_bias"), py::arg("norm"),
+        py::arg("eps"), py::arg("activation"), py::arg("layer_scale"), py::arg("row_scale"),
         py::arg("rows_per_sample"), py::arg("compute"), py::arg("num_threads"));
-  m.def("pool", &pool, Release(), py::arg("out"), py::arg("x"), py::arg("mode"),
+  m.def("pool", &calls::pool, Release(), py::arg("out"), py::arg("x"), py::arg("mode"),
         py::arg("num_prefix_tokens"), py::arg("norm"), py::arg("norm_weight"), py::arg("norm_bias"),
         py::arg("eps"), py::arg("weight"), py::arg("bias"), py::arg("compute"),
         py::arg("num_threads"));
-  m.def("quantize_rows", &quantize_rows, Release(), py::arg("out"), py::arg("scale"), py::arg("x"),
-        py::arg("num_threads"), "Rotated rows of x in int8, and their scales.");
+  m.def("quantize_rows", &calls::quantize_rows, Release(), py::arg("out"), py::arg("scale"),
+        py::arg("x"), py::arg("num_threads"), "Rotated rows of x in int8, and their scales.");
 
   m.def("isa", &cpu::isa, "The instruction set in use.");
   m.def("supported_isas", &cpu::supported_isas, "Instruction sets of this machine, best last.");
   m.def("set_isa", &cpu::set_isa, py::arg("name"), "Use another supported instruction set.");
+  m.def("x86_levels", &x86_levels, py::arg("leaf1_ecx"), py::arg("leaf7_ebx"), py::arg("leaf7_ecx"),
+        py::arg("leaf7_edx"), py::arg("leaf7_1_eax"), py::arg("xcr0"),
+        "The levels that an x86-64 machine supports, from its CPUID and XCR0 words.");
+  m.def("arm64_levels", &arm64_levels, py::arg("hwcap"), py::arg("hwcap2"),
+        "The levels that an arm64 machine supports, from its AT_HWCAP and AT_HWCAP2 words.");
   m.def("omp_info", &omp_info, "The OpenMP runtime: its thread limit and the library's path.");
   m.def("peak", &peak, Release(), py::arg("kind"), py::arg("num_threads"), py::arg("seconds"),
         "GFLOP/s of register-only multiply-accumulate loops at the current instruction set.");

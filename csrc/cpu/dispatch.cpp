@@ -1,24 +1,22 @@
-// The dispatch table: every instruction set that was compiled, tested against the machine at load.
+// The dispatch table: every level that was compiled, looked up in what the machine supports.
+// FASTVIT_CPU_ISA lowers the choice.
 //
-// Support takes two answers: CPUID says that the core decodes the instructions, XGETBV says that
-// the operating system saves the registers they use. FASTVIT_CPU_ISA lowers the choice.
-//
-// The build defines FASTVIT_HAVE_<ISA> for every set that it compiled.
+// The build defines FASTVIT_LEVELS(X) as X(level) X(level) ... of the levels that it compiled, from
+// the plainest to the best.
 
 #include "dispatch.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
+#include "machine.h"
 
 namespace fastvit::cpu {
 
-#define FASTVIT_BUILD(isa)                                                             \
-  namespace isa {                                                                      \
+#define FASTVIT_DECLARE(level)                                                         \
+  namespace level {                                                                    \
   void patch_embed(const PatchEmbedArgs&);                                             \
   void norm_linear(const NormLinearArgs&);                                             \
   void attention(const AttentionArgs&);                                                \
@@ -30,73 +28,31 @@ namespace fastvit::cpu {
   constexpr Kernels kKernels{patch_embed, norm_linear, attention,     linear_residual, \
                              mlp,         pool,        quantize_rows, peak};           \
   }
-
-FASTVIT_BUILD(scalar)
-#ifdef FASTVIT_HAVE_AVX2
-FASTVIT_BUILD(avx2)
-#endif
-#ifdef FASTVIT_HAVE_AVX512
-FASTVIT_BUILD(avx512)
-#endif
-#ifdef FASTVIT_HAVE_AVX512_BF16
-FASTVIT_BUILD(avx512_bf16)
-#endif
-
-#undef FASTVIT_BUILD
+FASTVIT_LEVELS(FASTVIT_DECLARE)
+#undef FASTVIT_DECLARE
 
 namespace {
 
 struct Level {
   const char* name;
   const Kernels* kernels;
-  bool supported;
 };
 
-struct Machine {
-  bool avx2 = false, avx512 = false, avx512_bf16 = false;
-
-  Machine() {
-#if defined(__x86_64__)
-    unsigned a, b, c, d;
-    if (!__get_cpuid(1, &a, &b, &c, &d)) return;
-    const bool osxsave = c >> 27 & 1, avx = c >> 28 & 1, fma = c >> 12 & 1;
-    if (!osxsave || !avx || !fma) return;
-
-    unsigned lo, hi;
-    __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
-    const bool saves_ymm = (lo & 0x06) == 0x06;  // SSE and AVX state
-    const bool saves_zmm = (lo & 0xe6) == 0xe6;  // ... and opmask, upper halves, zmm16-31
-
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
-    const unsigned subleaves = a;
-    avx2 = saves_ymm && (b >> 5 & 1);
-    const bool f = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1;
-    avx512 = avx2 && saves_zmm && f && dq && bw && vl;
-    const bool vnni = c >> 11 & 1;
-    if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
-      avx512_bf16 = avx512 && vnni && (a >> 5 & 1);
-    }
-#endif
-  }
-};
+#define FASTVIT_ENTRY(level) {#level, &level::kKernels},
+constexpr Level kCompiled[] = {FASTVIT_LEVELS(FASTVIT_ENTRY)};
+#undef FASTVIT_ENTRY
 
 class Table {
  public:
   Table() {
-    [[maybe_unused]] const Machine machine;
-    levels_.push_back({"scalar", &scalar::kKernels, true});
-#ifdef FASTVIT_HAVE_AVX2
-    levels_.push_back({"avx2", &avx2::kKernels, machine.avx2});
-#endif
-#ifdef FASTVIT_HAVE_AVX512
-    levels_.push_back({"avx512", &avx512::kKernels, machine.avx512});
-#endif
-#ifdef FASTVIT_HAVE_AVX512_BF16
-    levels_.push_back({"avx512_bf16", &avx512_bf16::kKernels, machine.avx512_bf16});
-#endif
-    for (const Level& level : levels_) {
-      if (level.supported) current_ = &level;
+    const std::vector<std::string> machine = machine_levels();
+    for (const Level& level : kCompiled) {
+      const std::string name = level.name;
+      if (std::find(machine.begin(), machine.end(), name) == machine.end()) continue;
+      if (name == "amx" && !tile_registers_granted()) continue;
+      levels_.push_back(&level);
     }
+    current_ = levels_.back();  // the plainest level needs nothing
     // An unknown or unsupported name must not break the import: the best level stays.
     if (const char* wanted = std::getenv("FASTVIT_CPU_ISA")) {
       if (const Level* level = find(wanted)) current_ = level;
@@ -104,18 +60,18 @@ class Table {
   }
 
   const Level* find(const std::string& name) const {
-    for (const Level& level : levels_) {
-      if (level.supported && name == level.name) return &level;
+    for (const Level* level : levels_) {
+      if (name == level->name) return level;
     }
     return nullptr;
   }
 
-  const std::vector<Level>& levels() const { return levels_; }
+  const std::vector<const Level*>& levels() const { return levels_; }
   const Level& current() const { return *current_.load(std::memory_order_relaxed); }
   void choose(const Level* level) { current_.store(level, std::memory_order_relaxed); }
 
  private:
-  std::vector<Level> levels_;
+  std::vector<const Level*> levels_;  // supported here
   std::atomic<const Level*> current_{nullptr};
 };
 
@@ -132,9 +88,7 @@ const char* isa() { return table().current().name; }
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
-  for (const Level& level : table().levels()) {
-    if (level.supported) names.emplace_back(level.name);
-  }
+  for (const Level* level : table().levels()) names.emplace_back(level->name);
   return names;
 }
 

@@ -5,9 +5,10 @@
 // mean different things in different namespaces and never meet at link time.
 //
 //   namespace     vector             kLanes  kVectors  panel (columns)  accumulators of 6 rows
-//   scalar        GCC vector ext.    4       2 (4)     8 (16 on arm64)  12 (24)
+//   scalar        GCC vector ext.    4       2         8                12
 //   avx2          __m256             8       2         16               12 of 16 registers
 //   avx512*       __m512             16      4         64               24 of 32 registers
+//   neon*         float32x4_t        4       4         16               24 of 32 registers
 //
 // +, -, *, / and comparisons are the compiler's own operators on vector types.
 
@@ -57,7 +58,14 @@ FASTVIT_INLINE bf16 to_bf16(float x) {  // round to nearest even; NaN stays NaN
   return {static_cast<uint16_t>(bits >> 16)};
 }
 
-#if defined(__AVX512F__)
+#if defined(__aarch64__)
+}  // namespace fastvit::cpu::FASTVIT_ISA
+
+#include "simd_neon.h"
+
+namespace fastvit::cpu::FASTVIT_ISA {
+
+#elif defined(__AVX512F__)
 
 constexpr int kLanes = 16;
 constexpr int kVectors = 4;
@@ -241,11 +249,7 @@ FASTVIT_INLINE void transpose(f32v (&r)[kLanes]) {
 #else
 
 constexpr int kLanes = 4;
-#if defined(__aarch64__)
-constexpr int kVectors = 4;  // 32 vector registers
-#else
 constexpr int kVectors = 2;
-#endif
 typedef float f32v __attribute__((vector_size(16), may_alias));
 typedef int32_t i32v __attribute__((vector_size(16), may_alias));
 
@@ -362,8 +366,13 @@ struct ProductF32 : FloatAccumulators {
   static constexpr int kPair = 1;
 
   FASTVIT_INLINE Unit load_unit(const float* p) { return load(p); }
+#if defined(__aarch64__)
+  FASTVIT_INLINE Unit broadcast(const float* p) { return load_first(p); }
+  FASTVIT_INLINE f32v mac(Unit a, Unit b, f32v c) { return fmadd_first(a, b, c); }
+#else
   FASTVIT_INLINE Unit broadcast(const float* p) { return set1(*p); }
   FASTVIT_INLINE f32v mac(Unit a, Unit b, f32v c) { return fmadd(a, b, c); }
+#endif
 
   // kLanes steps of one row of B, as 32-bit lanes; `n` elements of it exist.
   template <class T>
@@ -378,7 +387,9 @@ struct ProductF32 : FloatAccumulators {
   }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+struct ProductBF16 : FloatAccumulators, ProductBfdot {};
+#elif defined(__AVX512BF16__)
 struct ProductBF16 : FloatAccumulators {
   using Element = bf16;
   using Unit = __m512bh;

@@ -1,6 +1,11 @@
-"""Calls of fastvit._C with tensors: views in, a fresh output (filled with NaN) out."""
+"""Calls of fastvit._C with tensors: views in, a fresh output (filled with NaN) out.
+
+`kernels` is fastvit._C itself, or a driver of an emulated machine: the fixture `isa` chooses.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +17,14 @@ NORMS = ("none", "layer", "rms")
 MODES = ("token", "avg", "norm_avg")
 
 
-def view(t: Tensor | None) -> _C.View | None:
-    return None if t is None else _C.view(t)
+# Levels that multiply bf16 as bf16; elsewhere it is multiplied as f32.
+BF16_PRODUCTS = ("avx512_bf16", "neon_bf16")
+
+kernels: Any = _C
+
+
+def view(t: Tensor | None) -> Any:
+    return None if t is None else kernels.view(t)
 
 
 def compute_code(dtype: torch.dtype) -> int:
@@ -42,7 +53,7 @@ def norm_linear(
     out = blank(x.shape[0], width, dtype=out_dtype or compute)
     vectors = map(view, (bias, norm_weight, norm_bias))
     codes = (NORMS.index(norm), eps, ACTIVATIONS.index(activation), compute_code(compute), threads)
-    _C.norm_linear(view(out), view(x), view(weight), None, *vectors, *codes)
+    kernels.norm_linear(view(out), view(x), view(weight), None, *vectors, *codes)
     return out
 
 
@@ -61,7 +72,7 @@ def linear_residual(
 ) -> Tensor:
     out = blank(*residual.shape, dtype=residual.dtype) if out is None else out
     views = map(view, (out, x, weight, None, bias, residual, layer_scale, row_scale))
-    _C.linear_residual(*views, rows_per_sample, compute_code(compute), threads)
+    kernels.linear_residual(*views, rows_per_sample, compute_code(compute), threads)
     return out
 
 
@@ -84,7 +95,7 @@ def mlp(
     out = blank(*x.shape, dtype=x.dtype)
     views = map(view, (out, x, weight1, None, bias1, weight2, None, bias2, norm_weight, norm_bias))
     codes = (NORMS.index("layer"), 1e-6, ACTIVATIONS.index(activation))
-    _C.mlp(*views, *codes, view(layer_scale), view(row_scale), rows_per_sample, compute_code(compute), threads)
+    kernels.mlp(*views, *codes, view(layer_scale), view(row_scale), rows_per_sample, compute_code(compute), threads)
     return out
 
 
@@ -109,7 +120,7 @@ def self_attention(
     views = map(view, (out, x, *qkv, proj_weight, None, proj_bias, norm_weight, norm_bias))
     scale = (proj_weight.shape[1] // num_heads) ** -0.5
     ends = (view(attn_bias), scale, view(layer_scale), view(row_scale), samples, num_heads)
-    _C.self_attention(*views, NORMS.index("layer"), 1e-6, *ends, compute_code(compute), threads)
+    kernels.self_attention(*views, NORMS.index("layer"), 1e-6, *ends, compute_code(compute), threads)
     return out
 
 
@@ -126,7 +137,7 @@ def attention(
 ) -> Tensor:
     out = blank(*q.shape, dtype=out_dtype or compute)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    _C.attention(view(out), view(q), view(k), view(v), view(bias), scale, compute_code(compute), threads)
+    kernels.attention(view(out), view(q), view(k), view(v), view(bias), scale, compute_code(compute), threads)
     return out
 
 
@@ -147,7 +158,7 @@ def patch_embed(
     rows = patches + (0 if prefix is None else prefix.shape[0])
     out = blank(image.shape[0], rows, weight.shape[0], dtype=out_dtype or compute)
     views = map(view, (out, image, weight, bias, pos_embed, prefix, channel_scale, channel_shift))
-    _C.patch_embed(*views, compute_code(compute), threads)
+    kernels.patch_embed(*views, compute_code(compute), threads)
     return out
 
 
@@ -170,5 +181,5 @@ def pool(
     out = blank(x.shape[0], width, dtype=out_dtype or compute)
     codes = (MODES.index(mode), num_prefix_tokens, NORMS.index(norm))
     vectors = (view(norm_weight), view(norm_bias), eps, view(weight), view(bias))
-    _C.pool(view(out), view(x), *codes, *vectors, compute_code(compute), threads)
+    kernels.pool(view(out), view(x), *codes, *vectors, compute_code(compute), threads)
     return out

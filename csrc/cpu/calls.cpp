@@ -1,0 +1,89 @@
+#include "calls.h"
+
+#include "dispatch.h"
+
+namespace fastvit::calls {
+
+void patch_embed(const View& out, const View& image, const View& weight, const View* bias,
+                 const View* pos_embed, const View* prefix, const View* channel_scale,
+                 const View* channel_shift, int compute, int num_threads) {
+  cpu::kernels().patch_embed({out, image, weight, bias, pos_embed, prefix, channel_scale,
+                              channel_shift, static_cast<Compute>(compute), num_threads});
+}
+
+void norm_linear(const View& out, const View& x, const View& weight, const View* weight_scale,
+                 const View* bias, const View* norm_weight, const View* norm_bias, int norm,
+                 float eps, int activation, int compute, int num_threads) {
+  cpu::kernels().norm_linear({out, x, weight, weight_scale, bias, norm_weight, norm_bias,
+                              static_cast<Norm>(norm), eps, static_cast<Activation>(activation),
+                              static_cast<Compute>(compute), num_threads});
+}
+
+void attention(const View& out, const View& q, const View& k, const View& v, const View* bias,
+               float scale, int compute, int num_threads) {
+  cpu::kernels().attention({out, q, k, v, bias, scale, static_cast<Compute>(compute), num_threads});
+}
+
+void linear_residual(const View& out, const View& x, const View& weight, const View* weight_scale,
+                     const View* bias, const View& residual, const View* layer_scale,
+                     const View* row_scale, int64_t rows_per_sample, int compute, int num_threads) {
+  cpu::kernels().linear_residual({out, x, weight, residual, weight_scale, bias, layer_scale,
+                                  row_scale, rows_per_sample, static_cast<Compute>(compute),
+                                  num_threads});
+}
+
+void self_attention(const View& out, const View& x, const View& q_weight, const View* q_scale,
+                    const View* q_bias, const View* k_weight, const View* k_scale,
+                    const View* k_bias, const View* v_weight, const View* v_scale,
+                    const View* v_bias, const View& proj_weight, const View* proj_scale,
+                    const View* proj_bias, const View* norm_weight, const View* norm_bias, int norm,
+                    float eps, const View* attn_bias, float scale, const View* layer_scale,
+                    const View* row_scale, int64_t samples, int64_t num_heads, int compute,
+                    int num_threads) {
+  cpu::self_attention({out,
+                       x,
+                       {&q_weight, k_weight, v_weight},
+                       {q_scale, k_scale, v_scale},
+                       {q_bias, k_bias, v_bias},
+                       k_weight ? 3 : 1,
+                       proj_weight,
+                       proj_scale,
+                       proj_bias,
+                       norm_weight,
+                       norm_bias,
+                       static_cast<Norm>(norm),
+                       eps,
+                       attn_bias,
+                       scale,
+                       layer_scale,
+                       row_scale,
+                       samples,
+                       num_heads,
+                       static_cast<Compute>(compute),
+                       num_threads});
+}
+
+void mlp(const View& out, const View& x, const View& weight1, const View* scale1, const View* bias1,
+         const View& weight2, const View* scale2, const View* bias2, const View* norm_weight,
+         const View* norm_bias, int norm, float eps, int activation, const View* layer_scale,
+         const View* row_scale, int64_t rows_per_sample, int compute, int num_threads) {
+  const auto kind = static_cast<Activation>(activation);
+  cpu::kernels().mlp({out, x, weight1, weight2, scale1, scale2, bias1, bias2, norm_weight,
+                      norm_bias, static_cast<Norm>(norm), eps, kind, layer_scale, row_scale,
+                      rows_per_sample, weight1.size[0] / (kind == Activation::kSwiglu ? 2 : 1),
+                      static_cast<Compute>(compute), num_threads});
+}
+
+void quantize_rows(const View& out, const View& scale, const View& x, int num_threads) {
+  cpu::kernels().quantize_rows({out, scale, x, num_threads});
+}
+
+void pool(const View& out, const View& x, int mode, int64_t num_prefix_tokens, int norm,
+          const View* norm_weight, const View* norm_bias, float eps, const View* weight,
+          const View* bias, int compute, int num_threads) {
+  cpu::kernels().pool({out, x, static_cast<PoolMode>(mode), num_prefix_tokens,
+                       static_cast<Norm>(norm), norm_weight, norm_bias, eps, weight, bias,
+                       static_cast<Compute>(compute), num_threads});
+}
+
+}  // namespace fastvit::calls
