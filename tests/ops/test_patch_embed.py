@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 from fastvit import ops, reference
 from tests import nasty
@@ -89,6 +90,13 @@ def test_nhwc(backend, pixels, channels):
     pixel_truth = image if pixels == torch.uint8 else image.double()
     truth = reference.patch_embed(pixel_truth, weight.float().double(), bias.float().double(), **wide)
     assert_close(actual, truth)
+
+
+def test_nhwc_without_data():
+    with FakeTensorMode():
+        image, weight = torch.empty(2, 28, 42, 3, dtype=torch.uint8), torch.empty(8, 3, 14, 14, dtype=torch.bfloat16)
+        tokens = ops.patch_embed(image, weight, layout="NHWC")
+    assert (tokens.shape, tokens.dtype) == ((2, 6, 8), torch.bfloat16)
 
 
 def test_gradients_of_nhwc():
