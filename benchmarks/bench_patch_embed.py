@@ -1,8 +1,14 @@
-"""patch_embed against convolution, flatten, class token and position embedding."""
+"""patch_embed against convolution, flatten, class token and position embedding.
+
+From bytes, eager PyTorch first makes a tensor of each image and normalises it, as torchvision's ToTensor and Normalize
+do.  Two parts are measured by themselves: "to tensor, normalise" is what eager spends before its convolution, "product
+alone" is fastvit's product of patches that lie ready in memory: what is left when reading images costs nothing.
+"""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.case import VIT_B, Case, Width, nbytes, run_in_pytest, tensor
-from fastvit.ops import patch_embed
+from fastvit.ops import norm_linear, patch_embed
+from fastvit.reference.vit import patchify
 
-# A normalised image; or a decoder's bytes, in the order that decoders give them.
-NAMES = ("image", "uint8 HWC")
+# A normalised image; or bytes, as image decoders (HWC) or torchvision.io (CHW) give them.
+NAMES = ("image", "uint8 HWC", "uint8 CHW", "uint8 HWC, patch 14", "uint8 CHW, patch 14")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -22,47 +29,74 @@ def eager(weight: Tensor, bias: Tensor, pos_embed: Tensor, prefix: Tensor, image
     return torch.cat([prefix.expand(image.shape[0], -1, -1), patches + pos_embed], dim=1)
 
 
-def eager_bytes(weight: Tensor, bias: Tensor, pos_embed: Tensor, prefix: Tensor, image: Tensor) -> Tensor:
-    """torchvision's to-tensor and normalise, then as above."""
-    mean, std = (torch.tensor(v, dtype=torch.float64, device=image.device).view(3, 1, 1) for v in (MEAN, STD))
-    wide = torch.float64 if image.dtype == torch.float64 else torch.float32
-    pixels = image.contiguous().to(wide).div(255).sub_(mean.to(wide)).div_(std.to(wide))
-    return eager(weight, bias, pos_embed, prefix, pixels.to(weight.dtype))
+def to_tensor_and_normalize(images: Tensor, layout: str) -> Tensor:
+    """Image by image, then one batch, in float32 (float64 for the truth)."""
+    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+    mean, std = (torch.tensor(v, dtype=dtype, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
+    batch = []
+    for image in images:
+        planes = image.permute(2, 0, 1).contiguous() if layout == "NHWC" else image
+        batch.append(planes.to(dtype).div(255).sub_(mean).div_(std))
+    return torch.stack(batch)
+
+
+def eager_bytes(
+    weight: Tensor, bias: Tensor, pos_embed: Tensor, prefix: Tensor, image: Tensor, *, layout: str
+) -> Tensor:
+    return eager(weight, bias, pos_embed, prefix, to_tensor_and_normalize(image, layout).to(weight.dtype))
 
 
 def fused(weight: Tensor, bias: Tensor, pos_embed: Tensor, prefix: Tensor, image: Tensor) -> Tensor:
     return patch_embed(image, weight, bias, pos_embed=pos_embed, prefix=prefix)
 
 
-def fused_bytes(weight: Tensor, bias: Tensor, pos_embed: Tensor, prefix: Tensor, image: Tensor) -> Tensor:
-    return patch_embed(image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=MEAN, std=STD)
+def fused_bytes(
+    weight: Tensor, bias: Tensor, pos_embed: Tensor, prefix: Tensor, image: Tensor, *, layout: str
+) -> Tensor:
+    return patch_embed(image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=MEAN, std=STD, layout=layout)
 
 
 def case(name: str, dtype: torch.dtype, batch: int, device: str = "cpu", width: Width = VIT_B) -> Case:
-    size, patch = width.image_size, width.patch_size
+    if name.endswith("patch 14"):
+        width = replace(width, name=width.name.split("/")[0] + "/14", patch_size=14)
+        name = name.removesuffix(", patch 14")
+    patch = width.patch_size
+    size = width.image_size // patch * patch
     inner, patches = 3 * patch * patch, (size // patch) ** 2
     make = functools.partial(tensor, dtype=dtype, device=device)
-    if name == "image":
-        image = make(batch, 3, size, size, seed=0)
-    else:
-        generator = torch.Generator().manual_seed(0)
-        pixels = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, generator=generator)
-        image = pixels.to(device).permute(0, 3, 1, 2)
-    tensors = (
+    weights = (
         make(width.dim, 3, patch, patch, seed=1, scale=inner**-0.5),
         make(width.dim, seed=2, scale=0.3),
         make(1, patches, width.dim, seed=3, scale=0.3),
         make(1, 1, width.dim, seed=4, scale=0.3),
-        image,
     )
-    return Case(
+    described = functools.partial(
+        Case,
         "patch_embed",
         f"{width.name} {name}, batch {batch}",
-        eager if name == "image" else eager_bytes,
-        fused if name == "image" else fused_bytes,
-        tensors,
         flops=2 * batch * patches * inner * width.dim,
-        bytes=nbytes(*tensors) + batch * (patches + 1) * width.dim * dtype.itemsize,
+    )
+    out_bytes = batch * (patches + 1) * width.dim * dtype.itemsize
+    if name == "image":
+        tensors = (*weights, make(batch, 3, size, size, seed=0))
+        return described(eager, fused, tensors, bytes=nbytes(*tensors) + out_bytes)
+    layout = "NHWC" if name == "uint8 HWC" else "NCHW"
+    shape = (batch, size, size, 3) if layout == "NHWC" else (batch, 3, size, size)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
+    ready = patchify(to_tensor_and_normalize(pixels, layout), (patch, patch)).to(dtype)
+
+    def prepare(weight: Tensor, *others: Tensor) -> Tensor:
+        return to_tensor_and_normalize(others[-1], layout).to(weight.dtype)
+
+    def product(weight: Tensor, bias: Tensor, *_: Tensor) -> Tensor:
+        return norm_linear(ready, weight.flatten(1), bias)
+
+    return described(
+        functools.partial(eager_bytes, layout=layout),
+        functools.partial(fused_bytes, layout=layout),
+        (*weights, pixels),
+        bytes=nbytes(*weights, pixels) + out_bytes,
+        peers={"to tensor, normalise": prepare, "product alone": product},
     )
 
 

@@ -5,7 +5,12 @@
 // A patch is a row of A of C * P1 * P2 elements in the order (c, ky, kx) of a Conv2d weight. The
 // source functor gathers it straight from the image, whatever its strides and dtype, and applies
 // the per-channel scale and shift that normalise an image. Position and bias are the epilogue.
+//
+// Folding scale and shift into the weights would save one instruction in kLanes pixels, nothing
+// beside the D products of each. It would cost a scaled copy of the weights per call, and in bf16
+// twice the error unless the shift is summed from the rounded copy.
 
+#include "pixels.h"
 #include "product.h"
 #include "rows.h"
 
@@ -23,24 +28,36 @@ struct Patches {
   void operator()(int64_t row, Element* out) const {
     switch (image.dtype) {
       case DType::kF32:
-        return gather<float>(row, out);
+        return gather(corner<float>(row), out);
       case DType::kBF16:
-        return gather<bf16>(row, out);
+        return gather(corner<bf16>(row), out);
       default:
-        return gather<uint8_t>(row, out);
+        const uint8_t* pixels = corner<uint8_t>(row);
+        if (is_interleaved(3)) return separate<3>(pixels, out);
+        if (is_interleaved(4)) return separate<4>(pixels, out);
+        return gather(pixels, out);
     }
   }
 
-  template <class T, class Element>
-  void gather(int64_t row, Element* out) const {
-    const int64_t* stride = image.stride;
+  template <class T>
+  const T* corner(int64_t row) const {
     const int64_t patch = row % count;
-    const T* corner = static_cast<const T*>(image.data) + row / count * stride[0] +
-                      patch / across * p1 * stride[2] + patch % across * p2 * stride[3];
+    return static_cast<const T*>(image.data) + row / count * image.stride[0] +
+           patch / across * p1 * image.stride[2] + patch % across * p2 * image.stride[3];
+  }
+
+  // All channels lie side by side, `step` apart from pixel to pixel.
+  bool is_interleaved(int64_t step) const {
+    return image.stride[3] == step && image.stride[1] == 1 && image.size[1] <= step;
+  }
+
+  // Any strides: channel by channel, line by line.
+  template <class T, class Element>
+  void gather(const T* corner, Element* out) const {
     for (int64_t c = 0; c < image.size[1]; ++c) {
       for (int64_t y = 0; y < p1; ++y, out += p2) {
-        const T* line = corner + c * stride[1] + y * stride[2];
-        copy_line(line, stride[3], set1(scale[c]), set1(shift[c]), out);
+        const T* line = corner + c * image.stride[1] + y * image.stride[2];
+        copy_line(line, image.stride[3], set1(scale[c]), set1(shift[c]), out);
       }
     }
   }
@@ -59,6 +76,25 @@ struct Patches {
       }
       pixels = fmadd(pixels, a, b);
       n == kLanes ? store(out + x, pixels) : store(out + x, pixels, n);
+    }
+  }
+
+  // Interleaved bytes: each is read once and goes to its channel's place.
+  template <int kStep, class Element>
+  void separate(const uint8_t* corner, Element* out) const {
+    const int64_t channels = image.size[1], gap = kStep - channels;  // bytes that aren't ours
+    for (int64_t y = 0; y < p1; ++y, corner += image.stride[2], out += p2) {
+      for (int64_t x = 0; x < p2; x += kLanes) {
+        const int64_t n = min(kLanes, p2 - x);
+        const Pixels pixels = load_pixels<kStep>(corner + x * kStep, n * kStep - gap);
+#pragma GCC unroll 4
+        for (int c = 0; c < kStep; ++c) {
+          if (c == channels) break;
+          Element* to = out + c * p1 * p2 + x;
+          const f32v v = fmadd(channel_of(pixels, c), set1(scale[c]), set1(shift[c]));
+          n == kLanes ? store(to, v) : store(to, v, n);
+        }
+      }
     }
   }
 };

@@ -70,11 +70,12 @@ FASTVIT_INLINE void store(bf16* p, f32v v, int64_t n) {
   if (n > 1) vst1_lane_u16(&p[1].bits, half, 1);
   if (n > 2) vst1_lane_u16(&p[2].bits, half, 2);
 }
-FASTVIT_INLINE f32v keep_first(f32v v, int64_t n) {
+FASTVIT_INLINE f32v keep_first(f32v v, int64_t n, f32v others) {
   const int32_t lanes[kLanes] = {0, 1, 2, 3};
   const uint32x4_t kept = vcltq_s32(vld1q_s32(lanes), vdupq_n_s32(static_cast<int32_t>(n)));
-  return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), kept));
+  return vbslq_f32(kept, v, others);
 }
+FASTVIT_INLINE f32v keep_first(f32v v, int64_t n) { return keep_first(v, n, zero()); }
 
 FASTVIT_INLINE f32v fmadd(f32v a, f32v b, f32v c) { return vfmaq_f32(c, a, b); }
 // These instructions return NaN where either operand is NaN: `v` keeps its NaN.
@@ -162,10 +163,17 @@ struct ProductBfdot {
     return vreinterpretq_f32_u16(vcombine_u16(narrow_bf16(low), narrow_bf16(high)));
   }
 
-  // One step of kLanes columns from two rows: lane i is (a[i], b[i]).
-  FASTVIT_INLINE f32v interleave(f32v a, f32v b) {
-    const uint16x4_t even = narrow_bf16(a), odd = narrow_bf16(b);
+  // One step of kLanes columns from two rows: lane i is (a[i], b[i]), `n` of which exist.
+  template <class T>
+  FASTVIT_INLINE f32v load_pairs(const T* a, const T* b, int64_t n) {
+    const uint16x4_t even = halves(a, n), odd = b == nullptr ? vdup_n_u16(0) : halves(b, n);
     return vreinterpretq_f32_u16(vcombine_u16(vzip1_u16(even, odd), vzip2_u16(even, odd)));
+  }
+
+ private:
+  FASTVIT_INLINE uint16x4_t halves(const float* p, int64_t n) { return narrow_bf16(load(p, n)); }
+  FASTVIT_INLINE uint16x4_t halves(const bf16* p, int64_t n) {
+    return n >= kLanes ? vld1_u16(&p->bits) : narrow_bf16(load(p, n));
   }
 };
 #endif

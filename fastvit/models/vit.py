@@ -36,6 +36,7 @@ class FastViT(nn.Module):
         fc_norm: norm after pooling instead of before; by default for "avg", as in timm.
         norm_eps: epsilon of every norm.
         mean, std: `in_chans` numbers each; images are normalised on the way in, and uint8 images divided by 255 first.
+        layout: "NCHW" for images (B, C, H, W), or "NHWC" for (B, H, W, C), as decoders write them.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class FastViT(nn.Module):
         norm_eps: float = 1e-6,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        layout: str = "NCHW",
     ) -> None:
         super().__init__()
         if global_pool not in POOLS:
@@ -80,7 +82,7 @@ class FastViT(nn.Module):
         self.no_embed_class = no_embed_class
         fc_norm = global_pool == "avg" if fc_norm is None else fc_norm
 
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, not pre_norm, mean, std)
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, not pre_norm, mean, std, layout)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
         positions = self.patch_embed.num_patches + (0 if no_embed_class else self.num_prefix_tokens)
@@ -127,7 +129,7 @@ class FastViT(nn.Module):
                 nn.init.normal_(token, std=1e-6)
 
     def embed(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, R + N, D): patches, class and register tokens, positions, norm_pre."""
+        """Images -> (B, R + N, D): patches, class and register tokens, positions, norm_pre."""
         tokens: list[Tensor] = [t for t in (self.cls_token, self.reg_token) if t is not None]
         prefix = torch.cat(tokens, dim=1) if tokens else None
         positions: Tensor = self.pos_embed
@@ -137,13 +139,12 @@ class FastViT(nn.Module):
             positions = positions[:, self.num_prefix_tokens :]
         p1, p2 = self.patch_embed.patch_size
         if x.ndim == 4:
-            positions = interpolate_pos_embed(
-                positions, self.patch_embed.grid_size, (x.shape[2] // p1, x.shape[3] // p2)
-            )
+            height, width = self.patch_embed.image_size(x)
+            positions = interpolate_pos_embed(positions, self.patch_embed.grid_size, (height // p1, width // p2))
         return self.norm_pre(self.patch_embed(x, positions, prefix))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, H, W), float or uint8 -> (B, R + N, D), after the final norm (before it if fc_norm)."""
+        """Images in `layout`, float or uint8 -> (B, R + N, D), after the final norm (before it if fc_norm)."""
         return self.norm(self.blocks(self.embed(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -158,7 +159,7 @@ class FastViT(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W), float or uint8 -> (B, num_classes)."""
+        """Images in `layout`, float or uint8 -> (B, num_classes)."""
         if self.global_pool not in ("token", "avg"):
             return self.forward_head(self.forward_features(x))
         x = self.blocks(self.embed(x))

@@ -24,6 +24,7 @@ class PatchEmbed(nn.Module):
         bias: give the projection a bias.
         mean, std: `in_chans` numbers each: images are normalised on the way in, (image - mean) / std, and uint8 images
             are divided by 255 first.
+        layout: "NCHW" for images (B, C, H, W), or "NHWC" for (B, H, W, C), as decoders write them.
     """
 
     def __init__(
@@ -35,8 +36,11 @@ class PatchEmbed(nn.Module):
         bias: bool = True,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        layout: str = "NCHW",
     ) -> None:
         super().__init__()
+        if layout not in ("NCHW", "NHWC"):
+            raise ValueError(f"layout: {layout!r} is not known; accepted: NCHW, NHWC")
         self.img_size = _pair(img_size)
         self.patch_size = _pair(patch_size)
         if any(size < patch for size, patch in zip(self.img_size, self.patch_size, strict=True)):
@@ -46,15 +50,29 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias)
         self.mean = None if mean is None else tuple(mean)
         self.std = None if std is None else tuple(std)
+        self.layout = layout
+
+    def image_size(self, x: Tensor) -> tuple[int, int]:
+        """(H, W) of a batch of images."""
+        return (x.shape[2], x.shape[3]) if self.layout == "NCHW" else (x.shape[1], x.shape[2])
 
     def forward(self, x: Tensor, pos_embed: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W), float or uint8 -> (B, R + N, D); pos_embed and prefix as in `ops.patch_embed`.
+        """Images in `layout`, float or uint8 -> (B, R + N, D); pos_embed and prefix as in `ops.patch_embed`.
 
         Pixels beyond the last whole patch are ignored, as a strided convolution does.
         """
-        p1, p2 = self.patch_size
-        if x.ndim == 4 and (x.shape[2] % p1 or x.shape[3] % p2):
-            x = x[:, :, : x.shape[2] // p1 * p1, : x.shape[3] // p2 * p2]
+        if x.ndim == 4:
+            (h, w), (p1, p2) = self.image_size(x), self.patch_size
+            if h % p1 or w % p2:
+                h, w = h // p1 * p1, w // p2 * p2
+                x = x[:, :, :h, :w] if self.layout == "NCHW" else x[:, :h, :w]
         return ops.patch_embed(
-            x, self.proj.weight, self.proj.bias, pos_embed=pos_embed, prefix=prefix, mean=self.mean, std=self.std
+            x,
+            self.proj.weight,
+            self.proj.bias,
+            pos_embed=pos_embed,
+            prefix=prefix,
+            mean=self.mean,
+            std=self.std,
+            layout=self.layout,
         )

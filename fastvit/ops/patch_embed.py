@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 from fastvit import reference
 from fastvit.ops import _backend, _checks
 from fastvit.ops._library import autocast_dtype, in_dtype, register
+
+LAYOUTS = ("NCHW", "NHWC")
 
 
 def patch_embed(
@@ -22,17 +25,21 @@ def patch_embed(
     prefix: Tensor | None = None,
     mean: Sequence[float] | Tensor | None = None,
     std: Sequence[float] | Tensor | None = None,
+    layout: str = "NCHW",
 ) -> Tensor:
     """Image to tokens (Dosovitskiy et al. 2020, section 3.1).
 
+    A uint8 image is read as it lies in memory, in either layout: no float image is written.
+
     Args:
-        image: (B, C, H, W), float or uint8 (then divided by 255).  Any strides, channels-last too.
+        image: (B, C, H, W), or (B, H, W, C) if `layout` says so; float or uint8 (then divided by 255).  Any strides.
         weight: (D, C, P1, P2), a Conv2d weight whose stride is its kernel; P1 divides H and P2 divides W.  Dtype of a
             float `image` (any float dtype under autocast).
         bias: (D,).
         pos_embed: (N, D) or (1, N, D) with N = H / P1 * W / P2, added to the patch tokens.
         prefix: (R, D) or (1, R, D), class and register tokens with their own positions added: the first R tokens.
         mean, std: C numbers; the product sees (image - mean) / std.
+        layout: "NCHW" or "NHWC", the order of the image's dimensions; it is never guessed from the shape.
 
     Returns:
         (B, R + N, D), contiguous; dtype of a float `image`, else of `weight`; or autocast's.
@@ -51,6 +58,7 @@ def patch_embed(
             prefix=prefix,
             mean=mean,
             std=std,
+            layout=layout,
         )
     return _op(
         image,
@@ -61,11 +69,16 @@ def patch_embed(
         _numbers(mean),
         _numbers(std),
         autocast_dtype(weight),
+        layout,
     )
 
 
 def _numbers(values: Sequence[float] | Tensor | None) -> list[float] | None:
     return None if values is None else [float(v) for v in values]
+
+
+def _channels_first(image: Tensor, layout: str) -> Tensor:
+    return image if layout == "NCHW" else image.permute(0, 3, 1, 2)
 
 
 def _output(
@@ -77,17 +90,24 @@ def _output(
     mean: list[float] | None,
     std: list[float] | None,
     dtype: torch.dtype | None,
+    layout: str,
 ) -> Tensor:
     """Check everything and return the empty result: also the operator's fake version."""
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise TypeError(f"image: dtype {image.dtype} is not accepted; give a floating-point or uint8 tensor")
     _checks.floating("weight", weight)
-    _checks.ndim("image", image, 4, "(B, C, H, W)")
+    _checks.one_of("layout", layout, LAYOUTS)
+    _checks.ndim("image", image, 4, "(B, C, H, W)" if layout == "NCHW" else "(B, H, W, C)")
     _checks.ndim("weight", weight, 4, "(D, C, P1, P2)")
-    batch, channels, height, width = image.shape
+    batch, channels, height, width = _channels_first(image, layout).shape
     dim, weight_channels, patch_h, patch_w = weight.shape
     if channels != weight_channels:
-        raise ValueError(f"image: {channels} channels, but weight has {weight_channels}; accepted: {weight_channels}")
+        other = "NHWC" if layout == "NCHW" else "NCHW"
+        hint = f", or layout={other!r}" if image.shape[other.index("C")] == weight_channels else ""
+        raise ValueError(
+            f"image: {channels} channels in {tuple(image.shape)} with layout {layout!r}, but weight has "
+            f"{weight_channels}; accepted: {weight_channels}{hint}"
+        )
     if height % patch_h or width % patch_w:
         raise ValueError(f"image: {height} x {width} is no multiple of the patch; accepted: {patch_h}i x {patch_w}j")
     patches = (height // patch_h) * (width // patch_w)
@@ -121,12 +141,14 @@ def _kernel(
     mean: list[float] | None,
     std: list[float] | None,
     dtype: torch.dtype | None,
+    layout: str,
 ) -> Tensor:
-    out = _output(image, weight, bias, pos_embed, prefix, mean, std, dtype)
+    out = _output(image, weight, bias, pos_embed, prefix, mean, std, dtype, layout)
     if out.numel() == 0:
         return out
     backend = _backend.choose(image, out.dtype, weight, bias, pos_embed, prefix)
     if backend == "cpp":
+        image = _channels_first(image, layout)
         scale, shift = _channel_affine(image, mean, std)
         tensors = [image, *map(_backend.contiguous, (weight, bias, pos_embed, prefix)), scale, shift]
         _backend.extension().patch_embed(  # type: ignore[union-attr]
@@ -140,22 +162,30 @@ def _kernel(
         if dtype is not None:
             image = image.to(dtype) if image.is_floating_point() else image
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        image = _channels_first(image, layout)
         return _backend.triton_kernel("patch_embed")(
             image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std
         )
-    return _reference(image, weight, bias, pos_embed, prefix, mean, std, dtype)
+    return _reference(image, weight, bias, pos_embed, prefix, mean, std, dtype, layout)
 
 
 def _channel_affine(
     image: Tensor, mean: list[float] | None, std: list[float] | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """(image - mean) / std as image * scale + shift, with a uint8 image's 1 / 255 in the scale."""
-    if mean is None and std is None and image.is_floating_point():
+    unit = 1.0 if image.is_floating_point() else 255.0
+    if mean is None and std is None and unit == 1.0:
         return None, None
-    sigma = torch.tensor(std if std is not None else [1.0] * image.shape[1], dtype=torch.float64)
-    mu = torch.tensor(mean if mean is not None else [0.0] * image.shape[1], dtype=torch.float64)
-    unit = 255.0 if image.dtype == torch.uint8 else 1.0
-    return (1.0 / (unit * sigma)).float(), (-mu / sigma).float()
+    channels = image.shape[1]
+    return _affine(tuple(mean or [0.0] * channels), tuple(std or [1.0] * channels), unit)
+
+
+@functools.lru_cache(maxsize=64)
+def _affine(mean: tuple[float, ...], std: tuple[float, ...], unit: float) -> tuple[Tensor, Tensor]:
+    # Kept, because small tensors cost more to make than a batch of one image costs to normalise.
+    scale = [1.0 / (unit * s) for s in std]
+    shift = [-m / s for m, s in zip(mean, std, strict=True)]
+    return torch.tensor(scale, dtype=torch.float32), torch.tensor(shift, dtype=torch.float32)
 
 
 def _reference(
@@ -167,16 +197,18 @@ def _reference(
     mean: list[float] | None,
     std: list[float] | None,
     dtype: torch.dtype | None,
+    layout: str,
 ) -> Tensor:
     with in_dtype(dtype, image.device):
-        return reference.patch_embed(image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std).to(
-            dtype or weight.dtype
+        tokens = reference.patch_embed(
+            image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std, layout=layout
         )
+        return tokens.to(dtype or weight.dtype)
 
 
 _op = register(
     "patch_embed(Tensor image, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, float[]? mean, "
-    "float[]? std, ScalarType? dtype) -> Tensor",
+    "float[]? std, ScalarType? dtype, str layout) -> Tensor",
     kernel=_kernel,
     fake=_output,
     reference=_reference,

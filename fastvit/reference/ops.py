@@ -175,8 +175,11 @@ def patch_embed(
     prefix: Tensor | None = None,
     mean: Sequence[float] | Tensor | None = None,
     std: Sequence[float] | Tensor | None = None,
+    layout: str = "NCHW",
 ) -> Tensor:
     """Cut into patches, flatten, project, add positions, prepend; arguments as in `fastvit.ops.patch_embed`."""
+    if layout == "NHWC":
+        image = image.permute(0, 3, 1, 2)
     from_integers = not image.is_floating_point()
     if from_integers:
         # Normalised in float32, as images are before a model in low precision sees them.

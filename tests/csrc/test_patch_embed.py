@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,6 +52,47 @@ def test_layouts(isa: str, dtype: torch.dtype, layout: str, pixels: torch.dtype,
     seen = x.double() * scale.double()[:, None, None] + shift.double()[:, None, None]
     truth = by_torch(seen, *plain.cast(torch.float64, w, b, pos, prefix))
     assert_close(actual, truth, eager=by_torch(seen.to(dtype), w, b, pos, prefix))
+
+
+@pytest.mark.parametrize("patch", [(16, 16), (14, 14), (3, 21)])
+@pytest.mark.parametrize(("channels", "step"), [(1, 1), (1, 3), (2, 2), (3, 3), (3, 4), (4, 4), (3, 5)])
+def test_interleaved_bytes(isa: str, dtype: torch.dtype, channels: int, step: int, patch: tuple[int, int]) -> None:
+    # A crop of an image whose pixels have `step` bytes, such as RGBA, of which the first channels are used.
+    size = (2 * patch[0], 3 * patch[1])
+    pixels = torch.randint(0, 256, (2, size[0] + 1, size[1] + 2, step), generator=nasty.generator(), dtype=torch.uint8)
+    x = pixels[:, 1:, 1 : size[1] + 1, :channels].permute(0, 3, 1, 2)
+    w = nasty.weight(40, channels, *patch).to(dtype)
+    scale, shift = nasty.vector(channels, 7, mean=1.0).float() / 64, nasty.vector(channels, 8).float()
+    actual = call.patch_embed(x, w, channel_scale=scale, channel_shift=shift, compute=dtype)
+    seen = x.double() * scale.double()[:, None, None] + shift.double()[:, None, None]
+    truth = by_torch(seen, w.double(), None, None, None)
+    assert_close(actual, truth, eager=by_torch(seen.to(dtype), w, None, None, None))
+
+
+_AT_THE_END_OF_MEMORY = """
+import ctypes, mmap, torch
+from fastvit import _C
+from tests.csrc import call
+
+page = mmap.PAGESIZE
+memory = mmap.mmap(-1, 4 * page)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + 3 * page), page, 0) == 0
+bytes = torch.frombuffer(memory, dtype=torch.uint8)
+for isa in _C.supported_isas():
+    _C.set_isa(isa)
+    for channels, step in ((1, 1), (3, 3), (3, 4), (4, 4)):
+        for p in (16, 14, 3):
+            last = (2 * p * 2 * p - 1) * step + channels  # an RGBA image's last A need not be there
+            image = torch.as_strided(bytes, (1, channels, 2 * p, 2 * p), (1, 1, 2 * p * step, step), 3 * page - last)
+            out = call.patch_embed(image, torch.ones(8, channels, p, p))
+            assert torch.isfinite(out).all()
+"""
+
+
+def test_reads_nothing_behind_the_image() -> None:
+    # The image ends where unreadable memory begins; a byte too far would be a crash.
+    assert subprocess.run([sys.executable, "-c", _AT_THE_END_OF_MEMORY], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("channels", [1, 3, 12])

@@ -76,6 +76,15 @@ def test_uint8_images_are_normalised_on_the_way_in():
         assert relative_l2(model(image), plain.double()(normalised)) < 1e-5
 
 
+def test_images_as_decoders_write_them():
+    model = nasty.randomize(fastvit.FastViT(**TINY, patch_size=8, mean=[0.5] * 3, std=[0.2] * 3)).eval()
+    decoded = fastvit.FastViT(**TINY, patch_size=8, mean=[0.5] * 3, std=[0.2] * 3, layout="NHWC").eval()
+    decoded.load_state_dict(model.state_dict())
+    image = torch.randint(0, 256, (2, 3, 40, 24), dtype=torch.uint8)
+    with torch.no_grad():
+        assert relative_l2(decoded(image.permute(0, 2, 3, 1).contiguous()), model(image)) < 1e-6
+
+
 def test_trains():
     torch.manual_seed(0)
     model = fastvit.FastViT(**TINY, patch_size=8, drop_path_rate=0.1)

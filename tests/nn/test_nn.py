@@ -138,6 +138,17 @@ def test_layers_alone():
     assert_close(mlp.float()(x), mlp.double().fc2(F.gelu(mlp.fc1(x.double()))))
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_images_of_decoders(channels):
+    # (B, H, W, C), with pixels beyond the last whole patch on both sides.
+    args = {"in_chans": channels, "mean": [0.4] * channels, "std": [0.3] * channels}
+    embed = nasty.randomize(fnn.PatchEmbed(32, (14, 8), embed_dim=24, layout="NHWC", **args))
+    image = torch.randint(0, 256, (2, 31, 44, channels), dtype=torch.uint8, generator=nasty.generator())
+    normalised = (image.permute(0, 3, 1, 2).double() / 255 - 0.4) / 0.3
+    truth = embed.double().proj(normalised).flatten(2).transpose(1, 2)
+    assert_close(embed.float()(image), truth)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -148,6 +159,7 @@ def test_layers_alone():
         (lambda: fnn.SwiGLU(8, 15), "hidden_features: 15"),
         (lambda: fnn.DropPath(1.0), "drop_prob: 1.0"),
         (lambda: fnn.PatchEmbed(8, 16), "img_size"),
+        (lambda: fnn.PatchEmbed(16, 8, layout="CHW"), "layout: 'CHW'"),
     ],
 )
 def test_bad_arguments(make, message):

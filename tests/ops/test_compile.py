@@ -41,6 +41,7 @@ SAMPLES = {
         [0.5, 0.5, 0.5],
         None,
         None,
+        "NCHW",
     ),
     "mlp": lambda: (
         torch.randn(2, 5, 8),

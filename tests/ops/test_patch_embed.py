@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
-from fastvit import ops
+from fastvit import ops, reference
 from tests import nasty
 from tests.ops.harness import BACKENDS, DTYPES, check, check_gradients
 from tests.tolerances import assert_close
@@ -72,6 +76,72 @@ def test_uint8_image(dtype, normalised, layout):
     check("patch_embed", image, weight, bias, **kwargs, dtype=dtype)
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("pixels", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nhwc(backend, pixels, channels):
+    (image, weight, bias), kwargs = arguments(c=channels, patch=(14, 14))
+    image = (128 * image + 128).clamp(0, 255).to(pixels)
+    kwargs = {name: t.float() for name, t in kwargs.items()} | {"mean": MEAN[:1] * channels, "std": STD[:1] * channels}
+    decoded = image.permute(0, 2, 3, 1).contiguous()
+    with ops.use_backend(backend):
+        actual = ops.patch_embed(decoded, weight.float(), bias.float(), **kwargs, layout="NHWC")
+    wide = {name: t.double() if isinstance(t, torch.Tensor) else t for name, t in kwargs.items()}
+    pixel_truth = image if pixels == torch.uint8 else image.double()
+    truth = reference.patch_embed(pixel_truth, weight.float().double(), bias.float().double(), **wide)
+    assert_close(actual, truth)
+
+
+def test_nhwc_without_data():
+    with FakeTensorMode():
+        image, weight = torch.empty(2, 28, 42, 3, dtype=torch.uint8), torch.empty(8, 3, 14, 14, dtype=torch.bfloat16)
+        tokens = ops.patch_embed(image, weight, layout="NHWC")
+    assert (tokens.shape, tokens.dtype) == ((2, 6, 8), torch.bfloat16)
+
+
+def test_gradients_of_nhwc():
+    (image, weight, bias), kwargs = arguments(grid=(2, 2), patch=(4, 4), d=8)
+    image = image.permute(0, 2, 3, 1).contiguous()
+    # The harness has a `layout` of its own.
+    leaves = [t.float().requires_grad_() for t in (image, weight, bias)]
+    wide = [t.double().requires_grad_() for t in (image, weight, bias)]
+    positions = {name: t.double() for name, t in kwargs.items()}
+    actual = ops.patch_embed(*leaves, **{name: t.float() for name, t in kwargs.items()}, layout="NHWC")
+    truth = reference.patch_embed(wide[0].permute(0, 3, 1, 2), *wide[1:], **positions)
+    seed = torch.randn(truth.shape, generator=nasty.generator(9), dtype=torch.float64)
+    actual.backward(seed.float())
+    truth.backward(seed)
+    for mine, expected in zip(leaves, wide, strict=True):
+        assert_close(mine.grad, expected.grad)
+
+
+_MEMORY = """
+import pathlib, re, torch
+from fastvit import ops
+
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 1024
+images = torch.randint(0, 256, (64, 448, 448, 3), dtype=torch.uint8)
+weight = torch.ones(16, 3, 14, 14, dtype=getattr(torch, {dtype!r}))
+call = lambda: ops.patch_embed(images, weight, mean=(0.5,) * 3, std=(0.5,) * 3, layout="NHWC")
+before = peak()
+out = call()
+fused = peak() - before
+with ops.use_backend("reference"):
+    call()
+print(fused - out.nbytes / 2**20, peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_float_image_is_written(dtype):
+    # 37 MiB of bytes, 147 MiB as float32.  Rows in packing are bounded by a share of the L3 cache, 16 MiB at most.
+    command = [sys.executable, "-c", _MEMORY.format(dtype=dtype)]
+    fused, plain = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    assert plain > 147
+    assert fused < 32
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "layout",
@@ -119,6 +189,10 @@ def test_autocast():
     [
         ({"image": torch.zeros(3, 32, 32)}, ValueError, "image: shape"),
         ({"image": torch.zeros(1, 4, 32, 32)}, ValueError, "image: 4 channels"),
+        ({"image": torch.zeros(1, 32, 32, 3)}, ValueError, "accepted: 3, or layout='NHWC'"),
+        ({"layout": "NHWC"}, ValueError, "image: 32 channels .* accepted: 3, or layout='NCHW'"),
+        ({"layout": "NHWC", "image": torch.zeros(32, 32, 3)}, ValueError, r"accepted: \(B, H, W, C\)"),
+        ({"layout": "HWC"}, ValueError, "layout: 'HWC'"),
         ({"image": torch.zeros(1, 3, 33, 32)}, ValueError, "image: 33 x 32"),
         ({"image": torch.zeros(1, 3, 32, 32, dtype=torch.int32)}, TypeError, "image: dtype"),
         ({"image": torch.zeros(1, 3, 32, 32).double()}, TypeError, "weight: dtype"),
