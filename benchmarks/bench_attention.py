@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
 import re
 from multiprocessing.connection import Connection
@@ -63,7 +65,7 @@ def scores_bytes(name: int | tuple[int, int]) -> int:
 def extra_bytes(name: int | tuple[int, int], dtype: torch.dtype, batch: int) -> int | None:
     """Memory that becomes resident during a call, its output left out: in a fresh process, whose scratch is empty.
 
-    None where the system does not tell (it takes Linux).
+    None where the system does not tell (it takes Linux), or the process dies.
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
@@ -78,6 +80,8 @@ def extra_bytes(name: int | tuple[int, int], dtype: torch.dtype, batch: int) -> 
         if not ours.poll(_PATIENCE):
             raise TimeoutError(f"attention {name}: the process that measures memory does not answer")
         return ours.recv()
+    except EOFError:
+        return None
     finally:
         process.kill()
         process.join()
@@ -89,6 +93,9 @@ def _grow(connection: Connection, name: int | tuple[int, int], dtype: torch.dtyp
     (qkv,) = case_.tensors
     with torch.inference_mode():
         case_.fused(qkv[:1, :1])  # loads code and starts threads; one token needs next to no scratch
+        # What making the tensors has freed must not serve the call unseen.
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
         try:
             Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
         except OSError:

@@ -115,6 +115,12 @@ def progress(text: str) -> None:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
+def save(rows: list[Row], environment: dict[str, Any], path: Path) -> None:
+    """What figures depend on, without the paths of one machine."""
+    about = {key: environment[key] for key in ("versions", "cpu")}
+    path.write_text(json.dumps({"environment": about, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -134,7 +140,10 @@ def main() -> int:
     for peer, reason in absent.items():
         print(f"left out: {peer}: {reason}")
     peers = [peer for peer in arguments.peers if peer not in absent]
-    rows = []
+    name = re.sub(r"[^a-z0-9]+", "-", f"{cpu['name']} {cpu['isa'] or 'plain'}".lower()).strip("-")
+    folder: Path = arguments.output or RESULTS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
     plan = list(steps(arguments.only, arguments.quick))
     for i, step in enumerate(plan):
         progress(f"[{i + 1}/{len(plan)}] {step}: building")
@@ -144,13 +153,9 @@ def main() -> int:
         rows.append(step.measure(case, arguments.seconds))
         progress("")
         print(line(rows[-1]), flush=True)
+        # After every case: a run may be cut short.
+        save(rows, environment, folder / "cpu.json")
 
-    name = re.sub(r"[^a-z0-9]+", "-", f"{cpu['name']} {cpu['isa'] or 'plain'}".lower()).strip("-")
-    folder: Path = arguments.output or RESULTS / name
-    folder.mkdir(parents=True, exist_ok=True)
-    # What figures depend on, without the paths of one machine.
-    record = {"environment": {key: environment[key] for key in ("versions", "cpu")}, "rows": [asdict(r) for r in rows]}
-    (folder / "cpu.json").write_text(json.dumps(record, indent=2) + "\n")
     bars(rows, folder / "cpu.png", machine)
     roofline(rows, folder / "cpu-roofline.png", machine)
     print(f"written: {', '.join(str(folder / name) for name in ('cpu.json', 'cpu.png', 'cpu-roofline.png'))}\n")
