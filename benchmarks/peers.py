@@ -85,7 +85,7 @@ def _openvino(model: nn.Module, image: Tensor, precision: str, streams: int) -> 
             request.wait()
         return torch.cat([torch.from_numpy(request.get_output_tensor(0).data) for request in requests])
 
-    return Configured(run, f"{hint}, {streams} streams, {precision}")
+    return Configured(run, f"{hint}, {streams} stream{'s' if streams > 1 else ''}, {precision}")
 
 
 def _precisions(compiled: Any) -> set[str]:

@@ -43,9 +43,8 @@ def _over_sdpa(row: Row) -> float:
 
 
 def _scores_over_extra(row: Row) -> float | None:
-    if row.extra_bytes is None or row.scores_bytes is None:
-        return None
-    return row.scores_bytes / max(row.extra_bytes, 1)
+    # Zero is no memory at all, which no kernel gets by with: it was reused unseen.
+    return row.scores_bytes / row.extra_bytes if row.scores_bytes and row.extra_bytes else None
 
 
 def _of_peak(row: Row) -> float | None:
