@@ -7,14 +7,18 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks.case import Case, nbytes, run_in_pytest, tensor
+from benchmarks.case import FLOATS, Case, nbytes, run_in_pytest, tensor
 from benchmarks.peers import PEERS, serves
 from fastvit import optimize
 from fastvit.bench.models import build, count_flops
 
-NAMES = ("vit_small_patch16_224", "vit_base_patch16_224")
+# The last one takes 1370 tokens, of images of 518 pixels.
+NAMES = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_base_patch14_dinov2")
+DTYPES = (*FLOATS, torch.int8)
+# Teraflops a call: minutes with every peer.
+LONG = {("vit_base_patch14_dinov2", 8)}
 
 
 def case(
@@ -25,21 +29,32 @@ def case(
     make: Callable[[str], tuple[nn.Module, tuple[int, int, int]]] = build,
     peers: Sequence[str] = (),
 ) -> Case:
+    """int8 stands beside eager PyTorch and fastvit in bfloat16."""
     torch.manual_seed(0)
     model, size = make(name)
-    image = tensor(batch, *size, dtype=dtype, device=device, seed=0)
+    quantized = dtype == torch.int8
+    float_dtype = torch.bfloat16 if quantized else dtype
+    image = tensor(batch, *size, dtype=float_dtype, device=device, seed=0)
     flops = batch * count_flops(model, image[:1].float().cpu())
-    eager = model.to(device, dtype)
+    eager = model.to(device, float_dtype)
+    fused = optimize(copy.deepcopy(eager), **({"quantize": "int8"} if quantized else {}))
+    others: dict[str, Callable[..., Tensor]] = {
+        peer: PEERS[peer](eager, image) for peer in peers if serves(peer, dtype)
+    }
+    if quantized:
+        others["fastvit bf16"] = optimize(copy.deepcopy(eager))
     return Case(
         "model",
         f"{name}, batch {batch}",
         eager,
-        optimize(copy.deepcopy(eager)),
+        fused,
         (image,),
         flops=flops,
         bytes=nbytes(image, *eager.parameters()),
-        truth=lambda: copy.deepcopy(eager).double()(image.double()),
-        peers={peer: PEERS[peer](eager, image) for peer in peers if serves(peer, dtype)},
+        # Two samples tell whether they are mixed up.
+        truth=lambda: copy.deepcopy(eager).double()(image[:2].double()),
+        peers=others,
+        precision=dtype,
     )
 
 

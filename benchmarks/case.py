@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -14,8 +14,16 @@ from torch import Tensor
 from fastvit.bench import DTYPES, passes, peak
 from fastvit.bench.timing import interleaved
 
-_SHORT = {getattr(torch, long): short for short, long in DTYPES.items()}
+_SHORT = {**{getattr(torch, long): short for short, long in DTYPES.items()}, torch.int8: "int8"}
+_LONG = {short: long for long, short in _SHORT.items()}
+FLOATS = (torch.float32, torch.bfloat16)
 BATCHES = (1, 8)
+
+# A case of so many operations takes seconds a call: fewer rounds are worth the wait.
+_LONG_FLOPS = 5e11
+_ROUNDS, _LONG_ROUNDS = 5, 3
+# int8 is judged by a trained model's accuracy, in the tests; here only a broken kernel shall be noticed.
+_INT8_ERROR = 0.1
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,11 @@ VIT_B = Width("ViT-B/16", dim=768, num_heads=12, tokens=197)
 
 @dataclass(frozen=True)
 class Case:
-    """`eager(*tensors)` and `fused(*tensors)` compute the same; so does `eager` on float64 copies, the truth."""
+    """`eager(*tensors)` and `fused(*tensors)` compute the same; so does `eager` on float64 copies, the truth.
+
+    truth: gives what `eager` would in float64, at least its first samples.
+    precision: what the products multiply, where the tensors' dtype does not tell.
+    """
 
     operator: str
     name: str
@@ -48,19 +60,30 @@ class Case:
     bytes: int
     truth: Callable[[], Tensor] | None = field(default=None, repr=False)
     # Other implementations of the same, by name.
-    peers: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
+    peers: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    precision: torch.dtype | None = None
 
     @property
     def dtype(self) -> str:
-        return _SHORT[self.tensors[0].dtype]
+        return short(self.precision or self.tensors[0].dtype)
 
     @property
     def device(self) -> str:
         return self.tensors[0].device.type
 
+    @property
+    def min_rounds(self) -> int:
+        return _LONG_ROUNDS if self.flops > _LONG_FLOPS else _ROUNDS
+
     def expected(self) -> Tensor:
-        """The result in float64."""
+        """The result in float64, at least its first samples."""
         return self.truth() if self.truth else self.eager(*(t.double() for t in self.tensors))
+
+    def estimate(self, seconds: float, rate: float | None) -> float:
+        """About how long `measure` takes: `rate` in FLOP/s is what the fastest side reaches at most."""
+        # Beside the rounds: errors, warming up, and a truth in float64; the average side reaches half the rate.
+        calls = (self.min_rounds + 2) * (2 + len(self.peers)) + 4
+        return max(seconds, calls * self.flops / (0.5 * rate)) if rate else seconds
 
 
 @dataclass(frozen=True)
@@ -87,10 +110,31 @@ class Row:
     peak: float | None  # FLOP/s, measured between the rounds
     bandwidth: float | None  # bytes per second of copying
     peer_milliseconds: dict[str, float] = field(default_factory=dict)
+    # Median over the rounds of a peer's time by fastvit's, and how the peer was set up.
+    peer_speedups: dict[str, float] = field(default_factory=dict)
+    peer_settings: dict[str, str] = field(default_factory=dict)
+    # Memory that a call takes beyond its tensors, and what one head's matrix of scores would take.
+    extra_bytes: int | None = None
+    scores_bytes: int | None = None
 
     @property
     def passed(self) -> bool:
+        if self.dtype == "int8":
+            return self.fastvit_error <= _INT8_ERROR
         return passes(self.dtype, self.fastvit_error, self.eager_error)
+
+    @property
+    def limit_milliseconds(self) -> float | None:
+        return None if self.fraction_of_limit is None else self.fraction_of_limit * self.fastvit_milliseconds
+
+    @property
+    def batch(self) -> int:
+        return int(self.name.rpartition("batch ")[2])
+
+
+def short(dtype: torch.dtype) -> str:
+    """ "f32", "bf16", "f16" or "int8"."""
+    return _SHORT[dtype]
 
 
 def tensor(*shape: int, dtype: torch.dtype, device: str, seed: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
@@ -107,14 +151,17 @@ def nbytes(*tensors: Tensor) -> int:
 def measure(case: Case, seconds: float = 1.0) -> Row:
     truth = case.expected()
     scale = truth.norm()
-    errors = [((call(*case.tensors).double() - truth).norm() / scale).item() for call in (case.eager, case.fused)]
+    errors = [
+        ((call(*case.tensors)[: len(truth)].double() - truth).norm() / scale).item()
+        for call in (case.eager, case.fused)
+    ]
     calls = {"eager": case.eager, "fastvit": case.fused, **case.peers}
     times, rate = interleaved(
         {name: partial(call, *case.tensors) for name, call in calls.items()},
-        dtype=case.tensors[0].dtype,
+        dtype=_LONG[case.dtype],
         device=case.device,
         seconds=seconds,
-        min_rounds=5,
+        min_rounds=case.min_rounds,
     )
     milliseconds = {name: 1e3 * median(values) for name, values in times.items()}
     limits: dict[str, float] = {}
@@ -130,7 +177,7 @@ def measure(case: Case, seconds: float = 1.0) -> Row:
         pairs=len(times["eager"]),
         eager_milliseconds=milliseconds["eager"],
         fastvit_milliseconds=milliseconds["fastvit"],
-        speedup=median(a / b for a, b in zip(times["eager"], times["fastvit"], strict=True)),
+        speedup=_ratio(times["eager"], times["fastvit"]),
         limit=limit,
         fraction_of_limit=1e3 * limits[limit] / milliseconds["fastvit"] if limits else None,
         eager_error=errors[0],
@@ -140,7 +187,13 @@ def measure(case: Case, seconds: float = 1.0) -> Row:
         peak=rate,
         bandwidth=bandwidth,
         peer_milliseconds={name: milliseconds[name] for name in case.peers},
+        peer_speedups={name: _ratio(times[name], times["fastvit"]) for name in case.peers},
+        peer_settings={name: call.settings for name, call in case.peers.items() if hasattr(call, "settings")},
     )
+
+
+def _ratio(theirs: list[float], ours: list[float]) -> float:
+    return median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
 def run_in_pytest(benchmark: Any, case: Case) -> None:

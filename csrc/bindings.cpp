@@ -45,7 +45,8 @@ double peak(const std::string& kind, int num_threads, double seconds) {
 
 // GB/s read plus written by copying buffers far larger than the caches; the best of the passes.
 double copy_bandwidth(int num_threads, double seconds) {
-  const int threads = cpu::usable_threads(num_threads);
+  const cpu::ThreadLease lease(num_threads);
+  const int threads = lease.threads;
   const size_t bytes = size_t{64} << 20, share = bytes / threads;
   const std::unique_ptr<char[]> from(new char[bytes]()), to(new char[bytes]());
   const double end = cpu::seconds_now() + seconds;
@@ -85,6 +86,14 @@ py::dict omp_info() {
   }
 #endif
   return info;
+}
+
+py::dict leased_threads() {
+  const cpu::LeasedThreads leased = cpu::leased_threads();
+  py::dict counts;
+  counts["now"] = leased.now;
+  counts["most"] = leased.most;
+  return counts;
 }
 
 bool cuda_compiled() {
@@ -150,6 +159,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("arm64_levels", &arm64_levels, py::arg("hwcap"), py::arg("hwcap2"),
         "The levels that an arm64 machine supports, from its AT_HWCAP and AT_HWCAP2 words.");
   m.def("omp_info", &omp_info, "The OpenMP runtime: its thread limit and the library's path.");
+  m.def("leased_threads", &leased_threads,
+        "Threads that kernels run on now, and the most at any one time since the last call.");
   m.def("peak", &peak, Release(), py::arg("kind"), py::arg("num_threads"), py::arg("seconds"),
         "GFLOP/s of register-only multiply-accumulate loops at the current instruction set.");
   m.def("copy_bandwidth", &copy_bandwidth, Release(), py::arg("num_threads"), py::arg("seconds"),

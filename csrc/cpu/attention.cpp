@@ -104,7 +104,8 @@ class Attention {
 
   void run() {
     if (batch_ * heads_ * queries_ == 0) return;
-    const int threads = usable_threads(args_.num_threads);
+    const ThreadLease lease(args_.num_threads);
+    const int threads = lease.threads;
 
     // Keys: packed K and V of a chunk share half of L2.
     const int64_t per_key = 2 * panels_.vectors * kLanes * static_cast<int64_t>(sizeof(Element));

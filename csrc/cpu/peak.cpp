@@ -37,7 +37,8 @@ double run(int requested_threads, double seconds) {
   constexpr double kFlopsPerStep = 2.0 * kRows * kVectors * kLanes * P::kPair;
   constexpr int64_t kSteps = 1 << 18;
   constexpr int kSlices = 5;  // the best of several: other processes can only slow a core down
-  const int threads = usable_threads(requested_threads);
+  const ThreadLease lease(requested_threads);
+  const int threads = lease.threads;
   double best = 0;
   for (int slice = 0; slice < kSlices; ++slice) {
     double rate = 0;

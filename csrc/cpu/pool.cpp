@@ -88,8 +88,8 @@ void run(const PoolArgs& args) {
     return product<P>(batch, weight, args.num_threads, source, AddBias{out, bias});
   }
   float* rows = vectors.room(batch * padded);
-  const int threads = usable_threads(args.num_threads);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  const ThreadLease lease(args.num_threads);
+#pragma omp parallel for num_threads(lease.threads) schedule(dynamic, 1)
   for (int64_t b = 0; b < batch; ++b) {
     float* row = rows + b * padded;
     source(b, row);

@@ -307,7 +307,8 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
                     const Epilogue& epilogue) {
   using Element = typename P::Element;
   if (m == 0 || w.n == 0) return;
-  const int threads = usable_threads(requested_threads);
+  const ThreadLease lease(requested_threads);
+  const int threads = lease.threads;
   const CacheSizes& caches = cache_sizes();
   constexpr int64_t kUnit = kLanes * P::kPair;
 

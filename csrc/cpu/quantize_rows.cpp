@@ -13,8 +13,8 @@ void quantize_rows(const QuantizeArgs& args) {
   const PlainRows source(Rows(args.x, args.x.stride[0]), k);
   auto* out = static_cast<int8_t*>(args.out.data);
   auto* scale = static_cast<float*>(args.scale.data);
-  const int threads = usable_threads(args.num_threads);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 16)
+  const ThreadLease lease(args.num_threads);
+#pragma omp parallel for num_threads(lease.threads) schedule(dynamic, 16)
   for (int64_t row = 0; row < m; ++row) {
     auto* x = static_cast<float*>(
         scratch(Slot::kRow, Rotation(k).padded * static_cast<int64_t>(sizeof(float))));

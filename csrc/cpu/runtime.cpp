@@ -1,7 +1,8 @@
-// Scratch memory, cache sizes and fork safety.
+// Scratch memory, cache sizes, the threads' budget and fork safety.
 
 #include "runtime.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -50,14 +51,46 @@ int64_t cache_size(int name, int64_t fallback) {
   return bytes > 0 ? bytes : fallback;
 }
 
+std::atomic<int> leased_now{0}, leased_most{0};
+
 #ifdef _OPENMP
-std::atomic<bool> pool_started{false};
-std::atomic<bool> pool_lost{false};
+// A child of fork() has none of the pool's threads, but the OpenMP runtime in it believes that it
+// does and would wait for them for ever. So the forking thread dismisses its pool before: parent
+// and child both start another when they need one. A runtime that can't leaves the child with one
+// thread. The pool is torch's as well, hence from the moment this library is loaded.
+std::atomic<bool> pool_dismissed{false}, pool_lost{false};
+
+void before_fork() {
+  constexpr int kSoft = 1;  // omp_pause_soft of OpenMP 5.0, which the compiler's omp.h may predate
+  using Pause = int (*)(int);
+  const auto pause = reinterpret_cast<Pause>(dlsym(RTLD_DEFAULT, "omp_pause_resource_all"));
+  pool_dismissed.store(pause != nullptr && pause(kSoft) == 0);
+}
 
 void after_fork_in_child() {
-  if (pool_started.load(std::memory_order_relaxed)) pool_lost.store(true);
+  if (!pool_dismissed.load()) pool_lost.store(true);
+  leased_now.store(0);  // other threads' calls exist in the parent only
 }
+
+[[maybe_unused]] const int registered = pthread_atfork(before_fork, nullptr, after_fork_in_child);
 #endif
+
+int lease(int requested) {
+#ifdef _OPENMP
+  if (pool_lost.load(std::memory_order_relaxed)) requested = 1;
+#else
+  requested = 1;
+#endif
+  int held = leased_now.load(std::memory_order_relaxed), granted;
+  do {
+    granted = requested - held > 1 ? requested - held : 1;
+  } while (!leased_now.compare_exchange_weak(held, held + granted, std::memory_order_relaxed));
+  int most = leased_most.load(std::memory_order_relaxed);
+  while (most < held + granted &&
+         !leased_most.compare_exchange_weak(most, held + granted, std::memory_order_relaxed)) {
+  }
+  return granted;
+}
 
 }  // namespace
 
@@ -77,17 +110,13 @@ const CacheSizes& cache_sizes() {
   return sizes;
 }
 
-int usable_threads(int requested) {
-#ifdef _OPENMP
-  static const int registered = pthread_atfork(nullptr, nullptr, after_fork_in_child);
-  (void)registered;
-  if (requested <= 1 || pool_lost.load(std::memory_order_relaxed)) return 1;
-  pool_started.store(true, std::memory_order_relaxed);
-  return requested;
-#else
-  (void)requested;
-  return 1;
-#endif
+ThreadLease::ThreadLease(int requested) : threads(lease(requested)) {}
+
+ThreadLease::~ThreadLease() { leased_now.fetch_sub(threads, std::memory_order_relaxed); }
+
+LeasedThreads leased_threads() {
+  const int now = leased_now.load();
+  return {now, leased_most.exchange(now)};
 }
 
 const float* rotation_signs(int64_t n) {

@@ -1,4 +1,4 @@
-// What kernels ask of the process: scratch memory, cache sizes, a safe thread count.
+// What kernels ask of the process: scratch memory, cache sizes, threads.
 // Implemented once, at the baseline instruction set (runtime.cpp).
 
 #pragma once
@@ -22,10 +22,26 @@ struct CacheSizes {
 };
 const CacheSizes& cache_sizes();
 
-// The number of threads to start for a request. A child of fork() has lost the OpenMP pool of its
-// parent and would wait for it for ever, so it gets one thread if the parent had started a pool.
-// Built without OpenMP, there is one thread.
-int usable_threads(int requested);
+// The threads of one parallel region, this one included, held while the region may run.
+//
+// Regions in flight at once share one budget: each gets what its request leaves beside the threads
+// that others hold, and at least its own. So n Python threads that each ask for n occupy about n
+// cores, not n * n. A child of fork() starts with a fresh budget and no OpenMP pool. Built without
+// OpenMP, there is one thread.
+class ThreadLease {
+ public:
+  explicit ThreadLease(int requested);
+  ~ThreadLease();
+  ThreadLease(const ThreadLease&) = delete;
+  ThreadLease& operator=(const ThreadLease&) = delete;
+
+  const int threads;
+};
+
+struct LeasedThreads {
+  int now, most;  // most: at any one time since it was last asked for
+};
+LeasedThreads leased_threads();
 
 // The index of a thread inside a parallel region (a macro: see types.h on inline functions).
 #ifdef _OPENMP

@@ -19,16 +19,20 @@ _GPU_COPY_BYTES = 1 << 30
 def flops(dtype: torch.dtype, device: str = "cpu") -> float | None:
     """FLOP/s that this machine reaches in `dtype` now: register-only loops on CPU, a large product on GPU.
 
-    None where there is no such yardstick: without the C++ extension, and for float16 on CPU.
+    torch.int8 stands for products of 8-bit integers.  None where there is no such yardstick: without the C++ extension,
+    for float16 on CPU, and for int8 where the extension has no such kernels.
     """
     if device == "cuda":
         a = torch.randn(_GPU_PRODUCT, _GPU_PRODUCT, device=device, dtype=dtype)
         return 2 * _GPU_PRODUCT**3 / min(seconds_of(lambda: a @ a, device) for _ in range(3))
     ext = extension()
-    kind = {torch.float32: "f32", torch.bfloat16: "bf16"}.get(dtype)
+    kind = {torch.float32: "f32", torch.bfloat16: "bf16", torch.int8: "int8"}.get(dtype)
     if ext is None or kind is None:
         return None
-    return ext.peak(kind, torch.get_num_threads(), _SECONDS) * 1e9
+    try:
+        return ext.peak(kind, torch.get_num_threads(), _SECONDS) * 1e9
+    except ValueError:
+        return None
 
 
 def bandwidth(device: str = "cpu") -> float | None:

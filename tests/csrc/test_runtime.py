@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +21,8 @@ from fastvit import _C
 from tests import nasty
 from tests.csrc import call
 from tests.tolerances import FLOAT32, relative_l2
+
+PATIENCE = 60.0  # seconds, after which what should have come will not
 
 
 def small_problem(m: int = 50, n: int = 100, k: int = 72) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -58,8 +65,10 @@ def test_copy_bandwidth_is_a_rate() -> None:
 
 def test_results_do_not_depend_on_the_thread_count(isa: str, dtype: torch.dtype) -> None:
     x, w, _ = small_problem(197)
-    results = [call.norm_linear(x, w, norm="layer", compute=dtype, threads=t) for t in (1, 2, 3, 8)]
-    assert all(torch.equal(results[0], r) for r in results[1:])
+    packed = nasty.tokens(1, 197, 3, 2, 40).to(dtype).unbind(2)
+    product = [call.norm_linear(x, w, norm="layer", compute=dtype, threads=t) for t in (1, 2, 3, 8)]
+    attention = [call.attention(*packed, compute=dtype, threads=t) for t in (1, 2, 3, 8)]
+    assert all(torch.equal(results[0], r) for results in (product, attention) for r in results[1:])
 
 
 def test_several_python_threads_at_once(isa: str) -> None:
@@ -82,27 +91,122 @@ def test_several_python_threads_at_once(isa: str) -> None:
     assert max(errors) <= FLOAT32
 
 
-def child(connection: multiprocessing.connection.Connection, x: torch.Tensor, w: torch.Tensor) -> None:
-    # Two threads: the parent's pool does not exist here, and waiting for it would never end.  torch itself would wait,
-    # so the child does nothing but call the extension.
-    for threads in (1, 2):
-        connection.send(call.norm_linear(x, w, threads=threads).tolist())
+def wait_until(holds: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end, what
+        time.sleep(0.01)
 
 
-def test_after_fork() -> None:
+@contextlib.contextmanager
+def two_threads_leased(seconds: float = 2.0) -> Iterator[None]:
+    """Another Python thread runs a region of two threads meanwhile."""
+    holder = threading.Thread(target=_C.peak, args=("f32", 2, seconds))
+    holder.start()
+    try:
+        wait_until(lambda: _C.leased_threads()["now"] == 2, "the region never started")
+        yield
+        assert _C.leased_threads()["now"] == 2, "the region ended before what should overlap it"
+    finally:
+        holder.join()
+
+
+def most_threads(run: Callable[[], Any]) -> int:
+    """The most threads of the process in kernels at any one time of `run`."""
+    _C.leased_threads()
+    run()
+    return _C.leased_threads()["most"]
+
+
+def test_a_call_alone_gets_what_it_asks_for() -> None:
+    x, w, _ = small_problem()
+    for threads in (3, 1, 2):
+        assert most_threads(lambda n=threads: call.norm_linear(x, w, threads=n)) == threads
+    assert most_threads(lambda: call.norm_linear(x, w, threads=0)) == 1
+    assert _C.leased_threads() == {"now": 0, "most": 0}
+
+
+def test_calls_at_once_share_the_threads() -> None:
     x, w, truth = small_problem()
-    assert relative_l2(call.norm_linear(x, w, threads=2), truth) <= FLOAT32
+    out = []
+    with two_threads_leased():
+        # Beside two threads there is room for none of one or two, and for two of four; one's own is granted always.
+        for wanted, granted in ((1, 1), (2, 1), (3, 1), (4, 2)):
+            assert most_threads(lambda n=wanted: out.append(call.norm_linear(x, w, threads=n))) == 2 + granted
+    assert _C.leased_threads()["now"] == 0
+    assert max(relative_l2(y, truth) for y in out) <= FLOAT32
+
+
+def test_a_failing_call_gives_its_threads_back() -> None:
+    x, w, _ = small_problem(k=4096)
+    with pytest.raises(MemoryError):
+        call.norm_linear(x, w, threads=(1 << 29) - 1)  # their scratch is larger than any address space
+    assert _C.leased_threads()["now"] == 0
+
+
+def child(connection: multiprocessing.connection.Connection, x: torch.Tensor, w: torch.Tensor) -> None:
+    connection.send(_C.leased_threads()["now"])
+    for threads in (1, 2):
+        connection.send(most_threads(lambda n=threads: connection.send(call.norm_linear(x, w, threads=n).tolist())))
+    connection.send(torch.ones(1 << 18).exp().sum().item())
+
+
+def assert_child_computes(x: torch.Tensor, w: torch.Tensor, truth: torch.Tensor) -> None:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=child, args=(theirs, x, w))
     process.start()
+
+    def receive() -> Any:
+        assert ours.poll(PATIENCE), "the child hangs"
+        return ours.recv()
+
     try:
-        for _ in range(2):
-            assert ours.poll(60), "the child hangs"
-            assert relative_l2(torch.tensor(ours.recv()), truth) <= FLOAT32
+        assert receive() == 0  # whatever is in flight in the parent
+        for threads in (1, 2):
+            assert relative_l2(torch.tensor(receive()), truth) <= FLOAT32
+            assert receive() == threads
+        assert receive() > 0  # torch shares the pool, and does not wait for the parent's either
     finally:
         process.kill()
         process.join()
+
+
+def test_after_fork() -> None:
+    x, w, truth = small_problem()
+    torch.ones(1 << 18).exp()  # torch starts the pool that the child will lack
+    assert_child_computes(x, w, truth)
+    assert most_threads(lambda: call.norm_linear(x, w, threads=2)) == 2
+    assert_child_computes(x, w, truth)
+    assert relative_l2(call.norm_linear(x, w, threads=2), truth) <= FLOAT32  # the parent goes on too
+
+
+def test_fork_while_another_thread_is_in_a_kernel() -> None:
+    with two_threads_leased():
+        assert_child_computes(*small_problem())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_python_threads_that_end_leave_nothing() -> None:
+    x, w = torch.ones(2048, 1024), torch.ones(16, 1024)  # 8 MiB of scratch
+
+    def tasks() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def in_threads(count: int) -> None:
+        for _ in range(count):
+            thread = threading.Thread(target=call.norm_linear, args=(x, w))
+            thread.start()
+            thread.join()
+
+    in_threads(3)
+    before, memory = tasks(), resident()
+    in_threads(30)
+    wait_until(lambda: tasks() <= before, "the teams of threads that ended are still there")
+    assert resident() - memory < 100 << 20
 
 
 def test_views_of_what_no_kernel_takes():
