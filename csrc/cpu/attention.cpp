@@ -109,7 +109,7 @@ class Attention {
 
     // Keys: packed K and V of a chunk share half of L2.
     const int64_t per_key = 2 * panels_.vectors * kLanes * static_cast<int64_t>(sizeof(Element));
-    const int64_t most = max(cache_sizes().l2 / 2 / per_key, kPanel);
+    const int64_t most = max(cache_sizes().l2 / 4 / per_key, kPanel);
     const int64_t chunks = max(ceil_div(keys_, min(most, 1024)), 1);
     chunk_ = round_up(ceil_div(keys_, chunks), kPanel);
 
@@ -235,13 +235,29 @@ class Attention {
 
   void pack_values(const Worker<P>& w, int64_t sample, int64_t head, int64_t k0,
                    int64_t keys) const {
-    for (int64_t i = 0; i < panels_.count; ++i) {
-      const int64_t width = panels_.width(i);
-      for (int64_t v = 0; v < width; ++v) {
-        const int64_t d = (panels_.first(i) + v) * kLanes;
-        pack_rows<P>(args_.v.data, args_.v.dtype, at(args_.v, sample, k0, head) + d,
-                     args_.v.stride[1], head_dim_ - d, keys,
-                     value_panel(w, i) + v * kLanes * P::kPair, width * kLanes * P::kPair);
+    const int64_t first = at(args_.v, sample, k0, head);
+    if (args_.v.dtype == DType::kF32) {
+      pack_values(w, static_cast<const float*>(args_.v.data) + first, keys);
+    } else {
+      pack_values(w, static_cast<const bf16*>(args_.v.data) + first, keys);
+    }
+  }
+
+  // Row by row, because each lies in a page of its own.
+  template <class T>
+  void pack_values(const Worker<P>& w, const T* rows, int64_t keys) const {
+    const int64_t ld = args_.v.stride[1];
+    for (int64_t key = 0; key < keys; key += P::kPair) {
+      const T* row = rows + key * ld;
+      const T* next = key + 1 < keys ? row + ld : nullptr;
+      for (int64_t i = 0; i < panels_.count; ++i) {
+        const int64_t line = panels_.width(i) * kLanes * P::kPair;
+        Element* to = value_panel(w, i) + key / P::kPair * line;
+        for (int64_t d = panels_.first(i) * kLanes; d < panels_.first(i + 1) * kLanes;
+             d += kLanes, to += kLanes * P::kPair) {
+          const f32v units = P::load_pairs(row + d, next ? next + d : nullptr, head_dim_ - d);
+          store(reinterpret_cast<float*>(to), units);
+        }
       }
     }
   }

@@ -60,6 +60,7 @@ static void with_activation(Activation activation, const Rows& out, const float*
     case Activation::kNone:
       return run(Activate<Identity>{out, bias});
     case Activation::kGelu:
+      if (out.dtype == DType::kBF16) return run(Activate<GeluBF16>{out, bias});
       return run(Activate<Gelu>{out, bias});
     case Activation::kGeluTanh:
       return run(Activate<GeluTanh>{out, bias});

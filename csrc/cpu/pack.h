@@ -52,17 +52,6 @@ static typename P::Accumulator pack_columns(const T* rows, int64_t ld, int64_t c
   return sums;
 }
 
-// The other orientation: row s of `rows` is k == s, its elements are the columns.
-template <class P, class T>
-static void pack_rows(const T* rows, int64_t ld, int64_t count, int64_t k,
-                      typename P::Element* panel, int64_t line) {
-  for (int64_t s = 0; s < k; s += P::kPair) {
-    const T* row = rows + s * ld;
-    const T* next = s + 1 < k ? row + ld : nullptr;
-    store(reinterpret_cast<float*>(panel + s / P::kPair * line), P::load_pairs(row, next, count));
-  }
-}
-
 template <class P>
 static typename P::Accumulator pack_columns(const void* rows, DType dtype, int64_t offset,
                                             int64_t ld, int64_t count, int64_t k,
@@ -73,16 +62,6 @@ static typename P::Accumulator pack_columns(const void* rows, DType dtype, int64
     return pack_columns<P>(static_cast<const float*>(rows) + offset, ld, count, k, panel, line);
   } else {
     return pack_columns<P>(static_cast<const bf16*>(rows) + offset, ld, count, k, panel, line);
-  }
-}
-
-template <class P>
-static void pack_rows(const void* rows, DType dtype, int64_t offset, int64_t ld, int64_t count,
-                      int64_t k, typename P::Element* panel, int64_t line) {
-  if (dtype == DType::kF32) {
-    pack_rows<P>(static_cast<const float*>(rows) + offset, ld, count, k, panel, line);
-  } else {
-    pack_rows<P>(static_cast<const bf16*>(rows) + offset, ld, count, k, panel, line);
   }
 }
 
