@@ -62,7 +62,7 @@ def _output(
     layer_scale: Tensor | None,
     drop_path: Tensor | None,
     dtype: torch.dtype | None,
-    quantize: str | None = None,
+    quantize: str | None,
 ) -> Tensor:
     """Check everything and return the empty result: also the operator's fake version."""
     for name, t in (("x", x), ("weight", weight), ("residual", residual)):
@@ -92,7 +92,7 @@ def kernel(
     layer_scale: Tensor | None,
     drop_path: Tensor | None,
     dtype: torch.dtype | None,
-    quantize: str | None = None,
+    quantize: str | None,
 ) -> Tensor:
     out = _output(x, weight, bias, residual, layer_scale, drop_path, dtype, quantize)
     if out.numel() == 0:
@@ -132,7 +132,7 @@ def kernel(
         return _backend.triton_kernel("linear_residual")(
             x, weight, bias, residual=residual, layer_scale=layer_scale, drop_path=drop_path
         )
-    return _reference(x, weight, bias, residual, layer_scale, drop_path, dtype)
+    return _reference(x, weight, bias, residual, layer_scale, drop_path, dtype, quantize)
 
 
 def _reference(
@@ -143,7 +143,7 @@ def _reference(
     layer_scale: Tensor | None,
     drop_path: Tensor | None,
     dtype: torch.dtype | None,
-    quantize: str | None = None,
+    quantize: str | None,
 ) -> Tensor:
     # Without `quantize`: a gradient takes rounding for the identity.
     with in_dtype(dtype, x.device):
@@ -154,7 +154,7 @@ def _reference(
 
 _op = register(
     "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? layer_scale, Tensor? drop_path, "
-    "ScalarType? dtype, str? quantize=None) -> Tensor",
+    "ScalarType? dtype, str? quantize) -> Tensor",
     kernel=kernel,
     fake=_output,
     reference=_reference,

@@ -103,8 +103,8 @@ class _Arguments(NamedTuple):
     layer_scale: Tensor | None
     drop_path: Tensor | None
     dtype: torch.dtype | None
-    quantize_fc1: str | None = None
-    quantize_fc2: str | None = None
+    quantize_fc1: str | None
+    quantize_fc2: str | None
 
 
 def _output(*arguments: Any) -> Tensor:
@@ -186,7 +186,7 @@ def _reference(*arguments: Any) -> Tensor:
 _op = register(
     "mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? norm_weight, "
     "Tensor? norm_bias, str norm, float eps, str activation, Tensor? layer_scale, Tensor? drop_path, "
-    "ScalarType? dtype, str? quantize_fc1=None, str? quantize_fc2=None) -> Tensor",
+    "ScalarType? dtype, str? quantize_fc1, str? quantize_fc2) -> Tensor",
     kernel=_kernel,
     fake=_output,
     reference=_reference,

@@ -72,7 +72,7 @@ def _output(
     eps: float,
     activation: str,
     dtype: torch.dtype | None,
-    quantize: str | None = None,
+    quantize: str | None,
 ) -> Tensor:
     """Check everything and return the empty result: also the operator's fake version."""
     _checks.floating("x", x)
@@ -106,7 +106,7 @@ def kernel(
     eps: float,
     activation: str,
     dtype: torch.dtype | None,
-    quantize: str | None = None,
+    quantize: str | None,
 ) -> Tensor:
     out = _output(x, weight, bias, norm_weight, norm_bias, norm, eps, activation, dtype, quantize)
     if out.numel() == 0:
@@ -153,7 +153,7 @@ def kernel(
             eps=eps,
             activation=activation,
         ).to(out.dtype)
-    return _reference(x, weight, bias, norm_weight, norm_bias, norm, eps, activation, dtype)
+    return _reference(x, weight, bias, norm_weight, norm_bias, norm, eps, activation, dtype, quantize)
 
 
 def _reference(
@@ -166,7 +166,7 @@ def _reference(
     eps: float,
     activation: str,
     dtype: torch.dtype | None,
-    quantize: str | None = None,
+    quantize: str | None,
 ) -> Tensor:
     # Without `quantize`: a gradient takes rounding for the identity.
     with in_dtype(dtype, x.device):
@@ -184,7 +184,7 @@ def _reference(
 
 _op = register(
     "norm_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, str norm, float eps, "
-    "str activation, ScalarType? dtype, str? quantize=None) -> Tensor",
+    "str activation, ScalarType? dtype, str? quantize) -> Tensor",
     kernel=kernel,
     fake=_output,
     reference=_reference,

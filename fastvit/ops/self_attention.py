@@ -134,8 +134,8 @@ class _Arguments(NamedTuple):
     layer_scale: Tensor | None
     drop_path: Tensor | None
     dtype: torch.dtype | None
-    quantize_qkv: str | None = None
-    quantize_proj: str | None = None
+    quantize_qkv: str | None
+    quantize_proj: str | None
 
     def projections(self) -> list[tuple[str, Tensor, Tensor | None]]:
         """One packed [q; k; v], or three."""
@@ -273,7 +273,7 @@ _op = register(
     "self_attention(Tensor x, Tensor q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, Tensor? v_weight, "
     "Tensor? v_bias, Tensor proj_weight, Tensor? proj_bias, int num_heads, float scale, Tensor? bias, "
     "Tensor? norm_weight, Tensor? norm_bias, str norm, float eps, Tensor? layer_scale, Tensor? drop_path, "
-    "ScalarType? dtype, str? quantize_qkv=None, str? quantize_proj=None) -> Tensor",
+    "ScalarType? dtype, str? quantize_qkv, str? quantize_proj) -> Tensor",
     kernel=_kernel,
     fake=_output,
     reference=_reference,
