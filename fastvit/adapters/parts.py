@@ -65,6 +65,7 @@ class NotServed(Exception):
 def run_block(p: BlockParts, x: Tensor) -> Tensor:
     """self_attention, mlp: the block in two operators, or in those that these are made of."""
     norm1, norm2 = read_norm(p.norm1, x.dtype), read_norm(p.norm2, x.dtype)
+    activation = _activation(p)
     qkv, proj, fc1, fc2, _ = p.quantization
 
     drop_path1 = _drop_path(p.drop_path1, x, p.layer_scale1)
@@ -98,7 +99,7 @@ def run_block(p: BlockParts, x: Tensor) -> Tensor:
             *p.fc1[0],
             *p.fc2,
             **norm2,
-            activation=_activation(p),
+            activation=activation,
             layer_scale=p.layer_scale2,
             drop_path=drop_path2,
             quantize=(fc1, fc2),
