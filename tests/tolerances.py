@@ -8,6 +8,10 @@ from torch import Tensor
 FLOAT32 = 1e-5
 # bf16 and fp16 are held to eager PyTorch's own error in the same dtype on the same data.
 LOW_PRECISION_RATIO = 1.2
+# A rotated int8 product of nearly Gaussian rows is off by about 1 %; two in a row, with an activation between, by more.
+INT8 = 0.025
+# Two ways to the same int8 product differ where a value lies so near to half a step that float32 decides.
+INT8_TIES = 2e-3
 
 
 def relative_l2(actual: Tensor, truth: Tensor) -> float:

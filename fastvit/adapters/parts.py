@@ -18,6 +18,20 @@ Projection = tuple[Tensor, Tensor | None]
 Dropout = tuple[float, nn.Module]
 
 
+class Quantization(NamedTuple):
+    """How a block's linears multiply: in "int8", or in the dtype of the model (None)."""
+
+    qkv: str | None = None
+    proj: str | None = None
+    fc1: str | None = None
+    fc2: str | None = None
+    # (linear, why it is None), where int8 was asked for.
+    notes: tuple[tuple[str, str], ...] = ()
+
+
+FLOAT = Quantization()
+
+
 class BlockParts(NamedTuple):
     """The modules and tensors of x + attention(norm1(x)), then x + mlp(norm2(x)), in the order that data flows.
 
@@ -41,6 +55,7 @@ class BlockParts(NamedTuple):
     drop_path2: nn.Module | None
     dropouts: tuple[Dropout, ...]
     config: Any = None  # an object outside the modules whose attributes were read
+    quantization: Quantization = FLOAT
 
 
 class NotServed(Exception):
@@ -50,7 +65,8 @@ class NotServed(Exception):
 def run_block(p: BlockParts, x: Tensor) -> Tensor:
     """self_attention, mlp: the block in two operators, or in those that these are made of."""
     norm1, norm2 = read_norm(p.norm1, x.dtype), read_norm(p.norm2, x.dtype)
-    activation = p.activation if isinstance(p.activation, str) else read_activation(p.activation)
+    activation = _activation(p)
+    qkv, proj, fc1, fc2, _ = p.quantization
 
     drop_path1 = _drop_path(p.drop_path1, x, p.layer_scale1)
     if p.q_norm is None and p.k_norm is None:
@@ -65,24 +81,38 @@ def run_block(p: BlockParts, x: Tensor) -> Tensor:
             **norm1,
             layer_scale=p.layer_scale1,
             drop_path=drop_path1,
+            quantize=(qkv, proj),
         )
     else:
         x = ops.linear_residual(
-            _normed_heads(p, x, norm1), *p.proj, residual=x, layer_scale=p.layer_scale1, drop_path=drop_path1
+            heads(p, x, norm1),
+            *p.proj,
+            residual=x,
+            layer_scale=p.layer_scale1,
+            drop_path=drop_path1,
+            quantize=proj,
         )
     drop_path2 = _drop_path(p.drop_path2, x, p.layer_scale2)
     if len(p.fc1) == 1:
         return ops.mlp(
-            x, *p.fc1[0], *p.fc2, **norm2, activation=activation, layer_scale=p.layer_scale2, drop_path=drop_path2
+            x,
+            *p.fc1[0],
+            *p.fc2,
+            **norm2,
+            activation=activation,
+            layer_scale=p.layer_scale2,
+            drop_path=drop_path2,
+            quantize=(fc1, fc2),
         )
-    gate, value = p.fc1
-    hidden = ops.norm_linear(x, *gate, **norm2, activation=activation) * ops.norm_linear(x, *value, **norm2)
-    return ops.linear_residual(hidden, *p.fc2, residual=x, layer_scale=p.layer_scale2, drop_path=drop_path2)
+    between = hidden(p, x, norm2)
+    return ops.linear_residual(
+        between, *p.fc2, residual=x, layer_scale=p.layer_scale2, drop_path=drop_path2, quantize=fc2
+    )
 
 
-def _normed_heads(p: BlockParts, x: Tensor, norm1: dict[str, Any]) -> Tensor:
-    """The attention of heads whose q or k is normalised (Dehghani et al. 2023)."""
-    projected = [ops.norm_linear(x, weight, bias, **norm1) for weight, bias in p.qkv]
+def heads(p: BlockParts, x: Tensor, norm1: dict[str, Any]) -> Tensor:
+    """What goes into proj, where q or k may be normalised (Dehghani et al. 2023)."""
+    projected = [ops.norm_linear(x, weight, bias, **norm1, quantize=p.quantization.qkv) for weight, bias in p.qkv]
     if len(projected) == 1:
         q, k, v = projected[0].unflatten(-1, (3, p.num_heads, -1)).unbind(2)
     else:
@@ -92,6 +122,17 @@ def _normed_heads(p: BlockParts, x: Tensor, norm1: dict[str, Any]) -> Tensor:
     if p.k_norm is not None:
         k = p.k_norm(k)
     return ops.attention(q, k.to(q.dtype), v.to(q.dtype), scale=p.scale)
+
+
+def hidden(p: BlockParts, x: Tensor, norm2: dict[str, Any]) -> Tensor:
+    """What goes into fc2, where gate and value may be two linears."""
+    norm2 = {**norm2, "quantize": p.quantization.fc1}
+    first = ops.norm_linear(x, *p.fc1[0], **norm2, activation=_activation(p))
+    return first if len(p.fc1) == 1 else first * ops.norm_linear(x, *p.fc1[1], **norm2)
+
+
+def _activation(p: BlockParts) -> str:
+    return p.activation if isinstance(p.activation, str) else read_activation(p.activation)
 
 
 # ---- Whether a call can be served ------------------------------------------------------------------
@@ -193,7 +234,7 @@ def _is_known_drop_path(module: nn.Module) -> bool:
     library, name = _origin(module)
     return (
         type(module) is nn.Identity
-        or (library, name) == ("timm.layers.drop", "DropPath")
+        or (library, name) in (("timm.layers.drop", "DropPath"), ("fastvit.nn.layers", "DropPath"))
         or (library.startswith("transformers.models.") and name.endswith("DropPath"))
     )
 
@@ -203,6 +244,8 @@ def _drop_path(module: nn.Module | None, x: Tensor, layer_scale: Tensor | None) 
     probability = getattr(module, "drop_prob", None)
     if module is None or not module.training or not probability:
         return None
+    if (factors_of := getattr(module, "factors", None)) is not None:  # fastvit.nn
+        return factors_of(x)
     keep = 1.0 - probability
     # The libraries draw in the dtype of the branch.
     dtype = x.dtype

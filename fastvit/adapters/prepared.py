@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.adapters.parts import BlockParts, mode_obstacle, read_activation, read_norm
-from fastvit.ops import _backend, _checks
+from fastvit.ops import _backend, _checks, _int8
 from fastvit.ops.self_attention import MOST_SCRATCH
 
 # In the block's `__dict__`: the prepared call, and the list of what it must not outlive.
@@ -51,15 +51,27 @@ def prepare(block: nn.Module, inner: list[nn.Module], parts: BlockParts, x: Tens
         return
     norm1, norm2 = ({**_NO_NORM, **read_norm(norm, x.dtype)} for norm in (parts.norm1, parts.norm2))
     q, k, v = parts.qkv if len(parts.qkv) == 3 else (parts.qkv[0], (None, None), (None, None))
-    operands = [
-        *(norm1["norm_weight"], norm1["norm_bias"]),
-        *(t for weight, bias in (q, k, v, parts.proj) for t in (weight, None, bias)),
-        *(parts.layer_scale1, norm2["norm_weight"], norm2["norm_bias"]),
-        *(t for weight, bias in (parts.fc1[0], parts.fc2) for t in (weight, None, bias)),
-        parts.layer_scale2,
+    of = parts.quantization
+    projections = ((q, of.qkv), (k, of.qkv), (v, of.qkv), (parts.proj, of.proj), (parts.fc1[0], of.fc1))
+    linears = [(*projection, kind) for projection, kind in (*projections, (parts.fc2, of.fc2))]
+    vectors = [
+        *(norm1["norm_weight"], norm1["norm_bias"], parts.layer_scale1),
+        *(norm2["norm_weight"], norm2["norm_bias"], parts.layer_scale2),
     ]
-    if not all(t is None or (_is_plain(t) and t.is_contiguous() and t.dtype in _DTYPES) for t in operands):
+    given = [*vectors, *(t for weight, bias, _ in linears for t in (weight, bias))]
+    if not all(t is None or (_is_plain(t) and t.is_contiguous() and t.dtype in _DTYPES) for t in given):
         return
+    triples = [
+        (None,) * 3 if weight is None else (*_int8.operand(weight, kind), bias) for weight, bias, kind in linears
+    ]
+    operands = [
+        *vectors[:2],
+        *(t for triple in triples[:4] for t in triple),
+        *vectors[2:5],
+        *(t for triple in triples[4:] for t in triple),
+        vectors[5],
+    ]
+    guards = [weight for weight, _, kind in linears if kind is not None and weight is not None]
     hooks = torch.nn.modules.module
     dicts = [
         hooks._global_forward_hooks,
@@ -69,14 +81,14 @@ def prepare(block: nn.Module, inner: list[nn.Module], parts: BlockParts, x: Tens
     ]
     if parts.config is not None:
         dicts.append(vars(parts.config))
-    kept: list[Any] = [operands]
+    kept: list[Any] = [operands, guards]
     kinds: set[Any] = {type(m) for m in modules}
     snapshot = extension.Snapshot(modules, dicts, [(kind, kind.forward) for kind in kinds], _KEY, kept)
     activation = parts.activation if isinstance(parts.activation, str) else read_activation(parts.activation)
     call = extension.PreparedBlock(
         snapshot,
         operands,
-        [],
+        guards,
         _backend.code(x.dtype),
         parts.num_heads,
         parts.scale,

@@ -80,11 +80,12 @@ def _try(block: nn.Module, adapter: Any) -> Proof:
     return Proof(None, returns_tuple)
 
 
-def _random_copy(block: nn.Module) -> nn.Module:
+def isolated_copy(block: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The block on the CPU in eval mode, without the hooks that others have put on it."""
     twin = copy.deepcopy(block)
     if any(t.is_meta for t in (*twin.parameters(), *twin.buffers())):
         twin = twin.to_empty(device="cpu")
-    twin = twin.to("cpu", torch.float64).eval()
+    twin = twin.to("cpu", dtype).eval()
     for module in twin.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
@@ -94,6 +95,11 @@ def _random_copy(block: nn.Module) -> nn.Module:
         config: Any = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation"):
             config._attn_implementation = "eager"  # flash attention takes no float64 on CPU
+    return twin
+
+
+def _random_copy(block: nn.Module) -> nn.Module:
+    twin = isolated_copy(block, torch.float64)
     for p in twin.parameters():
         # Matrices keep the scale of their input; vectors (norms, biases, LayerScale) are around one.
         noise = torch.randn(p.shape, dtype=torch.float64, device="cpu")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastvit.adapters.registry import judge_block, judge_patch_conv
-from fastvit.adapters.swap import is_fused, last_fallback
+from fastvit.adapters.swap import FusedBlock, is_fused, last_fallback
 from fastvit.ops._backend import extension, has_triton
 
 
@@ -80,7 +80,7 @@ def report(model: nn.Module) -> Report:
         cls = type(module).__name__
         if is_fused(module):
             reason = last_fallback(module)
-            detail = f"original forward: {reason}" if reason else str(module.fastvit_sentence)
+            detail = f"original forward: {reason}" if reason else _sentence(module)
             rows.append(Row(path, cls, "fallback" if reason else "fused", detail))
         elif verdict := judge_block(module):
             ready = verdict.cls is not None
@@ -93,6 +93,16 @@ def report(model: nn.Module) -> Report:
             if not is_fused(m) and (verdict := judge_patch_conv(path, m))
         ]
     return Report(rows, _backend(model))
+
+
+def _sentence(module: Any) -> str:
+    """How a fused module runs, and which of its linears were too bad in int8."""
+    sentence = str(module.fastvit_sentence)
+    if isinstance(module, FusedBlock):
+        dtype = str(next(module.parameters()).dtype).removeprefix("torch.")  # type: ignore[attr-defined]
+        for name, reason in module.fastvit_quantization.notes:
+            sentence += f"; {name} stays {dtype}: {reason}"
+    return sentence
 
 
 def _backend(model: nn.Module) -> str:

@@ -16,8 +16,10 @@ from torch import nn
 
 from fastvit import ops
 from fastvit.adapters.parts import (
+    FLOAT,
     BlockParts,
     NotServed,
+    Quantization,
     block_obstacle,
     has_own_forward,
     input_obstacle,
@@ -26,6 +28,7 @@ from fastvit.adapters.parts import (
     run_block,
 )
 from fastvit.adapters.prepared import forget, prepare, run_prepared
+from fastvit.ops import _int8
 
 # Why a module last ran its original forward; beside the modules, so that they gain no attribute.
 _fallbacks: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
@@ -76,6 +79,7 @@ class FusedBlock(Fused):
     # The types of all modules inside, as they were when the fused block was proven to be the same function.
     fastvit_types: tuple[type[nn.Module], ...]
     fastvit_returns_tuple: bool
+    fastvit_quantization: Quantization
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         block: Any = self
@@ -90,6 +94,8 @@ class FusedBlock(Fused):
         if obstacle is None:
             try:
                 parts = self.fastvit_read()
+                if self.fastvit_quantization != FLOAT:
+                    parts = parts._replace(quantization=self.fastvit_quantization)
                 obstacle = block_obstacle(parts, x)
                 if obstacle is None:
                     out = run_block(parts, x)
@@ -177,13 +183,15 @@ def fused_class(
     library: str | None = None,
     types: tuple[type[nn.Module], ...] = (),
     returns_tuple: bool = False,
+    quantization: Quantization = FLOAT,
 ) -> type[nn.Module]:
     """The subclass of `original` that runs `mixin`'s forward.  It goes by its original's name.
 
     library: the adapter whose `read` knows the block's names.  types, returns_tuple: what the probe found.
     """
     forwards = tuple(kind.forward for kind in (original, *types))
-    return _fused_class(original, mixin, library, types, returns_tuple, forwards)  # type: ignore[arg-type]
+    recipe = (original, mixin, library, types, returns_tuple, quantization)
+    return _fused_class(*recipe, forwards)  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -193,6 +201,7 @@ def _fused_class(
     library: str | None,
     types: tuple[type[nn.Module], ...],
     returns_tuple: bool,
+    quantization: Quantization,
     forwards: tuple[Callable[..., Any], ...],
 ) -> type[nn.Module]:
     namespace: dict[str, Any] = {
@@ -200,14 +209,26 @@ def _fused_class(
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "fastvit_original": original,
-        "fastvit_recipe": (original, mixin, library, types, returns_tuple),
+        "fastvit_recipe": (original, mixin, library, types, returns_tuple, quantization),
         "fastvit_forwards": forwards,
     }
     if library is not None:
         namespace["fastvit_read"] = importlib.import_module(f"fastvit.adapters.{library}").read
         namespace["fastvit_types"] = types
         namespace["fastvit_returns_tuple"] = returns_tuple
+        namespace["fastvit_quantization"] = quantization
+        if quantization != FLOAT:
+            namespace["fastvit_sentence"] = _sentence(quantization)
     return type(original.__name__, (mixin, original), namespace)
+
+
+def _sentence(q: Quantization) -> str:
+    halves = {"self_attention": {"qkv": q.qkv, "proj": q.proj}, "mlp": {"fc1": q.fc1, "fc2": q.fc2}}
+    phrases = []
+    for half, linears in halves.items():
+        names = ", ".join(name for name, kind in linears.items() if kind is not None)
+        phrases.append(f"{half} (int8 {names})" if names else half)
+    return ", ".join(phrases)
 
 
 def _rebuild(*recipe: Any) -> nn.Module:
@@ -230,15 +251,35 @@ def swap_out(module: nn.Module) -> None:
     if is_fused(module):
         if has_own_forward(module):
             module.__dict__.pop("forward", None)
-        forget(module)
-        module.__class__ = _without_fusion(type(module))
+        forget_int8(module)
+        module.__class__ = _with_fused(type(module), lambda fused: fused.fastvit_original)
         _fallbacks.pop(module, None)
 
 
-def _without_fusion(cls: type) -> type:
+def set_quantization(block: FusedBlock, quantization: Quantization) -> None:
+    """Have the linears of a fused block multiply in another way from now on."""
+
+    def changed(fused: type[Fused]) -> type:
+        # Its own forwards stay: one that was patched since must still be noticed.
+        return _fused_class(*fused.fastvit_recipe[:-1], quantization, fused.fastvit_forwards)
+
+    forget_int8(block)  # type: ignore[arg-type]
+    if block.fastvit_quantization != quantization:
+        block.__class__ = _with_fused(type(block), changed)
+
+
+def forget_int8(block: nn.Module) -> None:
+    """Free what is derived from the block's weights, or have it derived anew."""
+    forget(block)
+    for p in block.parameters():
+        _int8.forget(p)
+
+
+def _with_fused(cls: type, change: Callable[[type[Fused]], type]) -> type:
+    """`cls` with `change` of the made class in its place."""
     if "fastvit_original" in vars(cls):
-        return cls.fastvit_original  # type: ignore[attr-defined]
+        return change(cls)
     # Somebody (FSDP2, parametrize) has derived a class of their own since.
-    bases = tuple(_without_fusion(base) if issubclass(base, Fused) else base for base in cls.__bases__)
+    bases = tuple(_with_fused(base, change) if issubclass(base, Fused) else base for base in cls.__bases__)
     namespace = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
     return type(cls)(cls.__name__, bases, namespace)

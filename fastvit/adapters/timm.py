@@ -1,4 +1,4 @@
-"""timm's `vision_transformer.Block`: ViT, DeiT, DeiT-3, CLIP, SigLIP, DINOv2 and everything built from it."""
+"""timm's `vision_transformer.Block` (ViT, DeiT, DeiT-3, CLIP, SigLIP, DINOv2 and the like) and fastvit's."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fastvit.adapters.parts import (
     linear,
     tensor,
 )
+from fastvit.nn import SwiGLU
 
 LIBRARY = "timm"
 
@@ -59,6 +60,8 @@ def read(block: nn.Module) -> BlockParts:
             # GluMlp halves fc1's output; SwiGLUPacked has SiLU's half first.
             if gate_last or type(activation) is not nn.SiLU:
                 raise NotServed(f"MLP is gated by {type(activation).__name__}, gate_last={gate_last}")
+            activation = "swiglu"
+        elif type(mlp) is SwiGLU:
             activation = "swiglu"
     q_norm, k_norm = child(attn, "q_norm"), child(attn, "k_norm")
     drops = (child(attn, "attn_drop"), child(attn, "proj_drop"), *(child(mlp, n) for n in ("drop", "drop1", "drop2")))

@@ -8,6 +8,7 @@ from torch import Tensor
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "swiglu")
 NORMS = ("none", "layer", "rms")
 POOL_MODES = ("token", "avg", "norm_avg")
+QUANTIZE = ("int8",)
 
 
 def one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
@@ -65,3 +66,18 @@ def attention_bias(bias: Tensor | None, full: tuple[int, int, int, int]) -> None
     floating("bias", bias)
     if bias.ndim > 4 or any(b not in (1, f) for b, f in zip(bias.shape[::-1], full[::-1], strict=False)):
         raise ValueError(f"bias: shape {tuple(bias.shape)} does not broadcast; accepted: towards {full}")
+
+
+def quantize(value: str | None) -> None:
+    if value is not None and value not in QUANTIZE:
+        raise ValueError(f"quantize: {value!r} is not known; accepted: {', '.join(map(repr, QUANTIZE))} or None")
+
+
+def quantize_pair(value: str | tuple[str | None, str | None] | None, of: str) -> tuple[str | None, str | None]:
+    """One setting for both products, or one for each."""
+    pair = value if isinstance(value, tuple) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"quantize: {value!r} has {len(pair)} entries; accepted: one value, or a pair for {of}")
+    for each in pair:
+        quantize(each)
+    return pair

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastvit import reference
-from fastvit.ops import _backend, _checks
+from fastvit.ops import _backend, _checks, _int8
 from fastvit.ops._library import autocast_dtype, in_dtype, register
 
 
@@ -19,6 +19,7 @@ def linear_residual(
     residual: Tensor,
     layer_scale: Tensor | None = None,
     drop_path: Tensor | None = None,
+    quantize: str | None = None,
 ) -> Tensor:
     """residual + drop_path * layer_scale * (x @ weight.T + bias), the end of both halves of a ViT block.
 
@@ -30,6 +31,7 @@ def linear_residual(
         layer_scale: (N,), LayerScale's gamma (Touvron et al. 2021).
         drop_path: (B,) with B = residual.shape[0], each sample's factor: 0 drops the branch, 1 / keep keeps it
             (stochastic depth, Huang et al. 2016).
+        quantize: as in `norm_linear`.
 
     Returns:
         Shape and dtype of `residual`.
@@ -47,8 +49,9 @@ def linear_residual(
             residual=residual,
             layer_scale=layer_scale,
             drop_path=drop_path,
+            quantize=quantize,
         )
-    return _op(x, weight, bias, residual, layer_scale, drop_path, autocast_dtype(x))
+    return _op(x, weight, bias, residual, layer_scale, drop_path, autocast_dtype(x), quantize)
 
 
 def _output(
@@ -59,6 +62,7 @@ def _output(
     layer_scale: Tensor | None,
     drop_path: Tensor | None,
     dtype: torch.dtype | None,
+    quantize: str | None,
 ) -> Tensor:
     """Check everything and return the empty result: also the operator's fake version."""
     for name, t in (("x", x), ("weight", weight), ("residual", residual)):
@@ -72,6 +76,7 @@ def _output(
     _checks.vector("bias", bias, features)
     _checks.vector("layer_scale", layer_scale, features)
     _checks.vector("drop_path", drop_path, residual.shape[0])
+    _checks.quantize(quantize)
     if dtype is None:
         _checks.same_dtype("weight", weight, x.dtype, "x")
         _checks.same_dtype("bias", bias, x.dtype, "x")
@@ -87,8 +92,9 @@ def kernel(
     layer_scale: Tensor | None,
     drop_path: Tensor | None,
     dtype: torch.dtype | None,
+    quantize: str | None,
 ) -> Tensor:
-    out = _output(x, weight, bias, residual, layer_scale, drop_path, dtype)
+    out = _output(x, weight, bias, residual, layer_scale, drop_path, dtype, quantize)
     if out.numel() == 0:
         return out
     compute = dtype or x.dtype
@@ -96,7 +102,8 @@ def kernel(
     if backend == "cpp":
         view, contiguous, rows = _backend.view, _backend.contiguous, _backend.rows
         # Named, so that a contiguous copy lives until the call returns.
-        tensors = [rows(x), contiguous(weight), None, contiguous(bias), rows(residual), contiguous(layer_scale)]
+        weights = _int8.operand(weight, quantize)
+        tensors = [rows(x), *weights, contiguous(bias), rows(residual), contiguous(layer_scale)]
         factors = None if drop_path is None else drop_path.float().contiguous()
         out_rows = rows(out)
         _backend.extension().linear_residual(  # type: ignore[union-attr]
@@ -108,13 +115,24 @@ def kernel(
             torch.get_num_threads(),
         )
         return out
+    if quantize is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.linear_residual(
+                x,
+                weight,
+                bias,
+                residual=residual,
+                layer_scale=layer_scale,
+                drop_path=drop_path,
+                quantize=quantize,
+            )
     if backend == "triton":
         if dtype is not None:
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         return _backend.triton_kernel("linear_residual")(
             x, weight, bias, residual=residual, layer_scale=layer_scale, drop_path=drop_path
         )
-    return _reference(x, weight, bias, residual, layer_scale, drop_path, dtype)
+    return _reference(x, weight, bias, residual, layer_scale, drop_path, dtype, quantize)
 
 
 def _reference(
@@ -125,7 +143,9 @@ def _reference(
     layer_scale: Tensor | None,
     drop_path: Tensor | None,
     dtype: torch.dtype | None,
+    quantize: str | None,
 ) -> Tensor:
+    # Without `quantize`: a gradient takes rounding for the identity.
     with in_dtype(dtype, x.device):
         return reference.linear_residual(
             x, weight, bias, residual=residual, layer_scale=layer_scale, drop_path=drop_path
@@ -134,7 +154,7 @@ def _reference(
 
 _op = register(
     "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? layer_scale, Tensor? drop_path, "
-    "ScalarType? dtype) -> Tensor",
+    "ScalarType? dtype, str? quantize) -> Tensor",
     kernel=kernel,
     fake=_output,
     reference=_reference,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastvit import reference
-from fastvit.ops import _backend, _checks
+from fastvit.ops import _backend, _checks, _int8
 from fastvit.ops._library import autocast_dtype, in_dtype, register
 from fastvit.ops.linear_residual import kernel as linear_residual_kernel
 from fastvit.ops.norm_linear import kernel as norm_linear_kernel
@@ -29,6 +29,7 @@ def mlp(
     activation: str = "gelu",
     layer_scale: Tensor | None = None,
     drop_path: Tensor | None = None,
+    quantize: str | tuple[str | None, str | None] | None = None,
 ) -> Tensor:
     """x + drop_path * layer_scale * fc2(activation(fc1(norm(x)))).
 
@@ -42,6 +43,7 @@ def mlp(
         fc2_bias: (D,).
         norm, norm_weight, norm_bias, eps, activation: as in `norm_linear`.
         layer_scale, drop_path: as in `linear_residual`.
+        quantize: as in `norm_linear`, or a pair for (fc1, fc2), such as ("int8", None).
 
     Returns:
         Shape and dtype of `x`.
@@ -65,6 +67,7 @@ def mlp(
             activation=activation,
             layer_scale=layer_scale,
             drop_path=drop_path,
+            quantize=quantize,
         )
     return _op(
         x,
@@ -80,6 +83,7 @@ def mlp(
         layer_scale,
         drop_path,
         autocast_dtype(x),
+        *_checks.quantize_pair(quantize, "(fc1, fc2)"),
     )
 
 
@@ -99,6 +103,8 @@ class _Arguments(NamedTuple):
     layer_scale: Tensor | None
     drop_path: Tensor | None
     dtype: torch.dtype | None
+    quantize_fc1: str | None
+    quantize_fc2: str | None
 
 
 def _output(*arguments: Any) -> Tensor:
@@ -126,6 +132,8 @@ def _output(*arguments: Any) -> Tensor:
     _checks.norm(a.norm, a.norm_weight, a.norm_bias, features)
     _checks.vector("layer_scale", a.layer_scale, features)
     _checks.vector("drop_path", a.drop_path, a.x.shape[0])
+    _checks.quantize(a.quantize_fc1)
+    _checks.quantize(a.quantize_fc2)
     operands = {**weights, "fc1_bias": a.fc1_bias, "fc2_bias": a.fc2_bias}
     if a.dtype is None:
         for name, operand in operands.items():
@@ -142,18 +150,20 @@ def _kernel(*arguments: Any) -> Tensor:
     a = _Arguments(*arguments)
     compute = a.dtype or a.x.dtype
     if _backend.choose(a.x, compute, *(t for t in arguments[1:] if isinstance(t, Tensor))) != "cpp":
-        norm = (a.norm_weight, a.norm_bias, a.norm, a.eps, a.activation, a.dtype)
-        hidden = norm_linear_kernel(a.x, a.fc1_weight, a.fc1_bias, *norm)
-        return linear_residual_kernel(hidden, a.fc2_weight, a.fc2_bias, a.x, a.layer_scale, a.drop_path, a.dtype)
+        starts = (a.norm_weight, a.norm_bias, a.norm, a.eps, a.activation, a.dtype, a.quantize_fc1)
+        hidden = norm_linear_kernel(a.x, a.fc1_weight, a.fc1_bias, *starts)
+        ends = (a.x, a.layer_scale, a.drop_path, a.dtype, a.quantize_fc2)
+        return linear_residual_kernel(hidden, a.fc2_weight, a.fc2_bias, *ends)
     view, contiguous = _backend.view, _backend.contiguous
     # Named, so that a contiguous copy lives until the call returns.
     rows, out_rows, layer_scale = _backend.rows(a.x), _backend.rows(out), contiguous(a.layer_scale)
-    weights = [contiguous(t) for t in arguments[1:7]]
+    fc1, fc2 = _int8.operand(a.fc1_weight, a.quantize_fc1), _int8.operand(a.fc2_weight, a.quantize_fc2)
+    fc1_bias, fc2_bias, *norm = map(contiguous, (a.fc1_bias, a.fc2_bias, a.norm_weight, a.norm_bias))
     factors = None if a.drop_path is None else a.drop_path.float().contiguous()
     _backend.extension().mlp(  # type: ignore[union-attr]
         view(out_rows),
         view(rows),
-        *map(view, (weights[0], None, weights[1], weights[2], None, *weights[3:])),
+        *map(view, (*fc1, fc1_bias, *fc2, fc2_bias, *norm)),
         _checks.NORMS.index(a.norm),
         a.eps,
         _checks.ACTIVATIONS.index(a.activation),
@@ -168,6 +178,7 @@ def _kernel(*arguments: Any) -> Tensor:
 
 def _reference(*arguments: Any) -> Tensor:
     values = _Arguments(*arguments)._asdict()
+    del values["quantize_fc1"], values["quantize_fc2"]  # a gradient takes rounding for the identity
     with in_dtype(values.pop("dtype"), values["x"].device):
         return reference.mlp(**values)
 
@@ -175,7 +186,7 @@ def _reference(*arguments: Any) -> Tensor:
 _op = register(
     "mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? norm_weight, "
     "Tensor? norm_bias, str norm, float eps, str activation, Tensor? layer_scale, Tensor? drop_path, "
-    "ScalarType? dtype) -> Tensor",
+    "ScalarType? dtype, str? quantize_fc1, str? quantize_fc2) -> Tensor",
     kernel=_kernel,
     fake=_output,
     reference=_reference,

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastvit import reference
-from fastvit.ops import _backend, _checks
+from fastvit.ops import _backend, _checks, _int8
 from fastvit.ops._library import autocast_dtype, in_dtype, register
 
 
@@ -21,6 +21,7 @@ def norm_linear(
     norm_bias: Tensor | None = None,
     eps: float = 1e-6,
     activation: str = "none",
+    quantize: str | None = None,
 ) -> Tensor:
     """activation(norm(x) @ weight.T + bias), computed without writing norm(x).
 
@@ -33,6 +34,10 @@ def norm_linear(
         eps: added to the variance (mean square for "rms").
         activation: "none", "gelu" (erf), "gelu_tanh", "quick_gelu" (x * sigmoid(1.702 x)), "silu", "relu", or "swiglu"
             (Shazeer 2020), for which `weight` packs [gate; value] in (2H, K) and the result is silu(gate) * value.
+        quantize: None, or "int8" for a product of integers: norm(x) is quantised per row and the weight per output
+            channel, both rotated first (see `fastvit.reference.int8`).  The weight's int8 form is made at the first
+            call, kept beside it in a byte per element, and made anew when the weight changes.  Gradients are those of
+            the float product.  Fast on CPU in float32 and bfloat16; elsewhere plain torch computes the same, slowly.
 
     Returns:
         (..., N), or (..., N / 2) for "swiglu"; dtype of `x`, or autocast's.
@@ -52,8 +57,9 @@ def norm_linear(
             norm_bias=norm_bias,
             eps=eps,
             activation=activation,
+            quantize=quantize,
         )
-    return _op(x, weight, bias, norm_weight, norm_bias, norm, eps, activation, autocast_dtype(x))
+    return _op(x, weight, bias, norm_weight, norm_bias, norm, eps, activation, autocast_dtype(x), quantize)
 
 
 def _output(
@@ -66,6 +72,7 @@ def _output(
     eps: float,
     activation: str,
     dtype: torch.dtype | None,
+    quantize: str | None,
 ) -> Tensor:
     """Check everything and return the empty result: also the operator's fake version."""
     _checks.floating("x", x)
@@ -74,6 +81,7 @@ def _output(
     if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: shape {tuple(x.shape)} does not fit weight {tuple(weight.shape)}; accepted: (..., K)")
     _checks.one_of("activation", activation, _checks.ACTIVATIONS)
+    _checks.quantize(quantize)
     features = weight.shape[0]
     _checks.vector("bias", bias, features)
     _checks.norm(norm, norm_weight, norm_bias, weight.shape[1])
@@ -98,15 +106,17 @@ def kernel(
     eps: float,
     activation: str,
     dtype: torch.dtype | None,
+    quantize: str | None,
 ) -> Tensor:
-    out = _output(x, weight, bias, norm_weight, norm_bias, norm, eps, activation, dtype)
+    out = _output(x, weight, bias, norm_weight, norm_bias, norm, eps, activation, dtype, quantize)
     if out.numel() == 0:
         return out
     backend = _backend.choose(x, out.dtype, weight, bias, norm_weight, norm_bias)
     if backend == "cpp":
         view, contiguous = _backend.view, _backend.contiguous
         # Named, so that a contiguous copy lives until the call returns.
-        tensors = [_backend.rows(x), *map(contiguous, (weight, None, bias, norm_weight, norm_bias))]
+        vectors = map(contiguous, (bias, norm_weight, norm_bias))
+        tensors = [_backend.rows(x), *_int8.operand(weight, quantize), *vectors]
         _backend.extension().norm_linear(  # type: ignore[union-attr]
             view(_backend.rows(out)),
             *map(view, tensors),
@@ -117,6 +127,19 @@ def kernel(
             torch.get_num_threads(),
         )
         return out
+    if quantize is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.norm_linear(
+                x,
+                weight,
+                bias,
+                norm=norm,
+                norm_weight=norm_weight,
+                norm_bias=norm_bias,
+                eps=eps,
+                activation=activation,
+                quantize=quantize,
+            ).to(out.dtype)
     if backend == "triton":
         if dtype is not None:
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -130,7 +153,7 @@ def kernel(
             eps=eps,
             activation=activation,
         ).to(out.dtype)
-    return _reference(x, weight, bias, norm_weight, norm_bias, norm, eps, activation, dtype)
+    return _reference(x, weight, bias, norm_weight, norm_bias, norm, eps, activation, dtype, quantize)
 
 
 def _reference(
@@ -143,7 +166,9 @@ def _reference(
     eps: float,
     activation: str,
     dtype: torch.dtype | None,
+    quantize: str | None,
 ) -> Tensor:
+    # Without `quantize`: a gradient takes rounding for the identity.
     with in_dtype(dtype, x.device):
         return reference.norm_linear(
             x,
@@ -159,7 +184,7 @@ def _reference(
 
 _op = register(
     "norm_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, str norm, float eps, "
-    "str activation, ScalarType? dtype) -> Tensor",
+    "str activation, ScalarType? dtype, str? quantize) -> Tensor",
     kernel=kernel,
     fake=_output,
     reference=_reference,

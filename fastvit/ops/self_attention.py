@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastvit import reference
-from fastvit.ops import _backend, _checks
+from fastvit.ops import _backend, _checks, _int8
 from fastvit.ops._library import autocast_dtype, in_dtype, register
 from fastvit.ops.attention import kernel as attention_kernel
 from fastvit.ops.linear_residual import kernel as linear_residual_kernel
@@ -38,6 +38,7 @@ def self_attention(
     eps: float = 1e-6,
     layer_scale: Tensor | None = None,
     drop_path: Tensor | None = None,
+    quantize: str | tuple[str | None, str | None] | None = None,
 ) -> Tensor:
     """x + drop_path * layer_scale * proj(attention(qkv(norm(x)))).
 
@@ -55,6 +56,7 @@ def self_attention(
         scale, bias: as in `attention`.
         norm, norm_weight, norm_bias, eps: as in `norm_linear`.
         layer_scale, drop_path: as in `linear_residual`.
+        quantize: as in `norm_linear`, or a pair for (qkv, proj), such as ("int8", None).
 
     Returns:
         Shape and dtype of `x`.
@@ -81,6 +83,7 @@ def self_attention(
             eps=eps,
             layer_scale=layer_scale,
             drop_path=drop_path,
+            quantize=quantize,
         )
     biases = qkv_bias if isinstance(qkv_bias, tuple) else (qkv_bias, None, None)
     for name, given in (("qkv_weight", weights), ("qkv_bias", biases)):
@@ -105,6 +108,7 @@ def self_attention(
         layer_scale,
         drop_path,
         autocast_dtype(x),
+        *_checks.quantize_pair(quantize, "(qkv, proj)"),
     )
 
 
@@ -130,6 +134,8 @@ class _Arguments(NamedTuple):
     layer_scale: Tensor | None
     drop_path: Tensor | None
     dtype: torch.dtype | None
+    quantize_qkv: str | None
+    quantize_proj: str | None
 
     def projections(self) -> list[tuple[str, Tensor, Tensor | None]]:
         """One packed [q; k; v], or three."""
@@ -171,6 +177,8 @@ def _output(*arguments: Any) -> Tensor:
     _checks.norm(a.norm, a.norm_weight, a.norm_bias, features)
     _checks.vector("layer_scale", a.layer_scale, features)
     _checks.vector("drop_path", a.drop_path, batch)
+    _checks.quantize(a.quantize_qkv)
+    _checks.quantize(a.quantize_proj)
     _checks.attention_bias(a.bias, (batch, a.num_heads, tokens, tokens))
     named: dict[str, Tensor | None] = {f"{name}_weight": weight for name, weight, _ in projections}
     named |= {f"{name}_bias": bias for name, _, bias in projections}
@@ -196,10 +204,11 @@ def _kernel(*arguments: Any) -> Tensor:
     view, contiguous = _backend.view, _backend.contiguous
     # Named, so that a contiguous copy lives until the call returns.
     rows, out_rows = _backend.rows(a.x), _backend.rows(out)
-    weights = [
-        contiguous(t)
-        for t in (a.q_weight, a.q_bias, a.k_weight, a.k_bias, a.v_weight, a.v_bias, a.proj_weight, a.proj_bias)
-    ]
+    weights: list[Tensor | None] = []
+    for _, weight, weight_bias in a.projections():
+        weights += [*_int8.operand(weight, a.quantize_qkv), contiguous(weight_bias)]
+    weights += [None] * (9 - len(weights))
+    weights += [*_int8.operand(a.proj_weight, a.quantize_proj), contiguous(a.proj_bias)]
     vectors = [contiguous(t) for t in (a.norm_weight, a.norm_bias, a.layer_scale)]
     factors = None if a.drop_path is None else a.drop_path.float().contiguous()
     batch, tokens, _ = a.x.shape
@@ -207,7 +216,7 @@ def _kernel(*arguments: Any) -> Tensor:
     _backend.extension().self_attention(  # type: ignore[union-attr]
         view(out_rows),
         view(rows),
-        *(view(t) for i in range(0, 8, 2) for t in (weights[i], None, weights[i + 1])),
+        *map(view, weights),
         view(vectors[0]),
         view(vectors[1]),
         _checks.NORMS.index(a.norm),
@@ -226,14 +235,15 @@ def _kernel(*arguments: Any) -> Tensor:
 
 def _composed(a: _Arguments) -> Tensor:
     """By the operators that this one is made of, each on its own backend."""
-    norm = (a.norm_weight, a.norm_bias, a.norm, a.eps, "none", a.dtype)
+    norm = (a.norm_weight, a.norm_bias, a.norm, a.eps, "none", a.dtype, a.quantize_qkv)
     projected = [norm_linear_kernel(a.x, weight, bias, *norm) for _, weight, bias in a.projections()]
     if len(projected) == 1:
         q, k, v = projected[0].unflatten(-1, (3, a.num_heads, -1)).unbind(2)
     else:
         q, k, v = (t.unflatten(-1, (a.num_heads, -1)) for t in projected)
     heads = attention_kernel(q, k, v, a.scale, a.bias, a.dtype)
-    return linear_residual_kernel(heads, a.proj_weight, a.proj_bias, a.x, a.layer_scale, a.drop_path, a.dtype)
+    ends = (a.x, a.layer_scale, a.drop_path, a.dtype, a.quantize_proj)
+    return linear_residual_kernel(heads, a.proj_weight, a.proj_bias, *ends)
 
 
 def _reference(*arguments: Any) -> Tensor:
@@ -263,7 +273,7 @@ _op = register(
     "self_attention(Tensor x, Tensor q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, Tensor? v_weight, "
     "Tensor? v_bias, Tensor proj_weight, Tensor? proj_bias, int num_heads, float scale, Tensor? bias, "
     "Tensor? norm_weight, Tensor? norm_bias, str norm, float eps, Tensor? layer_scale, Tensor? drop_path, "
-    "ScalarType? dtype) -> Tensor",
+    "ScalarType? dtype, str? quantize_qkv, str? quantize_proj) -> Tensor",
     kernel=_kernel,
     fake=_output,
     reference=_reference,

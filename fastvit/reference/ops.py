@@ -1,6 +1,8 @@
 """The operators in plain torch: slow, obvious, differentiable, in any float dtype.  The only ground truth.
 
-In float16 and bfloat16 they round where eager PyTorch rounds.  Mixed float dtypes compute in the wider one.
+In float16 and bfloat16 they round where eager PyTorch rounds.  Mixed float dtypes compute in the wider one.  With
+quantize="int8" (see `fastvit.reference.int8`) everything around an integer product is float32 or wider, and no gradient
+passes it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvit.reference import int8
+
+Quantize = str | None
+QuantizePair = Quantize | tuple[Quantize, Quantize]
+
 
 def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else t.to(dtype)
@@ -20,6 +27,10 @@ def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = torch.promote_types(x.dtype, weight.dtype)
     return F.linear(x.to(dtype), weight.to(dtype), _cast(bias, dtype))
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _normalize(x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -58,9 +69,13 @@ def norm_linear(
     norm_bias: Tensor | None = None,
     eps: float = 1e-6,
     activation: str = "none",
+    quantize: Quantize = None,
 ) -> Tensor:
     """activation(norm(x) @ weight.T + bias); arguments as in `fastvit.ops.norm_linear`."""
     x = x.to(torch.promote_types(x.dtype, weight.dtype))
+    if quantize is not None:
+        wide = _normalize(_wide(x), norm, norm_weight, norm_bias, eps)
+        return _activate(int8.linear(wide, weight, bias), activation).to(x.dtype)
     return _activate(_linear(_normalize(x, norm, norm_weight, norm_bias, eps), weight, bias), activation)
 
 
@@ -97,9 +112,10 @@ def linear_residual(
     residual: Tensor,
     layer_scale: Tensor | None = None,
     drop_path: Tensor | None = None,
+    quantize: Quantize = None,
 ) -> Tensor:
     """residual + drop_path * layer_scale * (x @ weight.T + bias); arguments as in `fastvit.ops.linear_residual`."""
-    branch = _linear(x, weight, bias)
+    branch = _linear(x, weight, bias) if quantize is None else int8.linear(x, weight, bias)
     if layer_scale is not None:
         branch = branch * layer_scale
     if drop_path is not None:
@@ -123,9 +139,11 @@ def self_attention(
     eps: float = 1e-6,
     layer_scale: Tensor | None = None,
     drop_path: Tensor | None = None,
+    quantize: QuantizePair = None,
 ) -> Tensor:
     """x + drop_path * layer_scale * proj(attention(qkv(norm(x)))); arguments as in `fastvit.ops.self_attention`."""
-    project = partial(norm_linear, x, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps)
+    of_qkv, of_proj = quantize if isinstance(quantize, tuple) else (quantize, quantize)
+    project = partial(norm_linear, x, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, quantize=of_qkv)
     if isinstance(qkv_weight, tuple):
         biases = qkv_bias if isinstance(qkv_bias, tuple) else (None,) * 3
         pairs = zip(qkv_weight, biases, strict=True)
@@ -134,7 +152,9 @@ def self_attention(
     else:
         assert not isinstance(qkv_bias, tuple)
         heads = attention_qkvpacked(project(qkv_weight, qkv_bias), num_heads, scale=scale, bias=bias)
-    return linear_residual(heads, proj_weight, proj_bias, residual=x, layer_scale=layer_scale, drop_path=drop_path)
+    return linear_residual(
+        heads, proj_weight, proj_bias, residual=x, layer_scale=layer_scale, drop_path=drop_path, quantize=of_proj
+    )
 
 
 def mlp(
@@ -151,8 +171,10 @@ def mlp(
     activation: str = "gelu",
     layer_scale: Tensor | None = None,
     drop_path: Tensor | None = None,
+    quantize: QuantizePair = None,
 ) -> Tensor:
     """x + drop_path * layer_scale * fc2(activation(fc1(norm(x)))); arguments as in `fastvit.ops.mlp`."""
+    of_fc1, of_fc2 = quantize if isinstance(quantize, tuple) else (quantize, quantize)
     hidden = norm_linear(
         x,
         fc1_weight,
@@ -162,8 +184,11 @@ def mlp(
         norm_bias=norm_bias,
         eps=eps,
         activation=activation,
+        quantize=of_fc1,
     )
-    return linear_residual(hidden, fc2_weight, fc2_bias, residual=x, layer_scale=layer_scale, drop_path=drop_path)
+    return linear_residual(
+        hidden, fc2_weight, fc2_bias, residual=x, layer_scale=layer_scale, drop_path=drop_path, quantize=of_fc2
+    )
 
 
 def patch_embed(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvit import _C
+from fastvit.reference.int8 import rotation
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "swiglu")
 NORMS = ("none", "layer", "rms")
@@ -21,6 +22,21 @@ MODES = ("token", "avg", "norm_avg")
 BF16_PRODUCTS = ("avx512_bf16", "neon_bf16")
 
 kernels: Any = _C
+
+# A weight in float, or int8 rows and their scales.
+Weight = Tensor | tuple[Tensor, Tensor]
+
+
+def operand(weight: Weight) -> tuple[Tensor, Tensor | None]:
+    return weight if isinstance(weight, tuple) else (weight, None)
+
+
+def quantized(x: Tensor, threads: int = 2) -> tuple[Tensor, Tensor]:
+    """(rotated int8 rows, scales) of (M, K)."""
+    values = torch.full((x.shape[0], rotation(x.shape[1])[1]), 99, dtype=torch.int8)
+    scale = blank(x.shape[0], dtype=torch.float32)
+    kernels.quantize_rows(view(values), view(scale), view(x), threads)
+    return values, scale
 
 
 def view(t: Tensor | None) -> Any:
@@ -37,7 +53,7 @@ def blank(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def norm_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None = None,
     *,
     norm: str = "none",
@@ -49,17 +65,18 @@ def norm_linear(
     out_dtype: torch.dtype | None = None,
     threads: int = 2,
 ) -> Tensor:
-    width = weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0]
+    rows = operand(weight)[0].shape[0]
+    width = rows // 2 if activation == "swiglu" else rows
     out = blank(x.shape[0], width, dtype=out_dtype or compute)
-    vectors = map(view, (bias, norm_weight, norm_bias))
+    tensors = map(view, (*operand(weight), bias, norm_weight, norm_bias))
     codes = (NORMS.index(norm), eps, ACTIVATIONS.index(activation), compute_code(compute), threads)
-    kernels.norm_linear(view(out), view(x), view(weight), None, *vectors, *codes)
+    kernels.norm_linear(view(out), view(x), *tensors, *codes)
     return out
 
 
 def linear_residual(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     residual: Tensor,
     layer_scale: Tensor | None = None,
@@ -71,16 +88,16 @@ def linear_residual(
     threads: int = 2,
 ) -> Tensor:
     out = blank(*residual.shape, dtype=residual.dtype) if out is None else out
-    views = map(view, (out, x, weight, None, bias, residual, layer_scale, row_scale))
+    views = map(view, (out, x, *operand(weight), bias, residual, layer_scale, row_scale))
     kernels.linear_residual(*views, rows_per_sample, compute_code(compute), threads)
     return out
 
 
 def mlp(
     x: Tensor,
-    weight1: Tensor,
+    weight1: Weight,
     bias1: Tensor,
-    weight2: Tensor,
+    weight2: Weight,
     bias2: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
@@ -93,7 +110,7 @@ def mlp(
     threads: int = 2,
 ) -> Tensor:
     out = blank(*x.shape, dtype=x.dtype)
-    views = map(view, (out, x, weight1, None, bias1, weight2, None, bias2, norm_weight, norm_bias))
+    views = map(view, (out, x, *operand(weight1), bias1, *operand(weight2), bias2, norm_weight, norm_bias))
     codes = (NORMS.index("layer"), 1e-6, ACTIVATIONS.index(activation))
     kernels.mlp(*views, *codes, view(layer_scale), view(row_scale), rows_per_sample, compute_code(compute), threads)
     return out
@@ -101,8 +118,8 @@ def mlp(
 
 def self_attention(
     x: Tensor,
-    projections: list[tuple[Tensor, Tensor]],
-    proj_weight: Tensor,
+    projections: list[tuple[Weight, Tensor]],
+    proj_weight: Weight,
     proj_bias: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
@@ -116,9 +133,10 @@ def self_attention(
     threads: int = 2,
 ) -> Tensor:
     out = blank(*x.shape, dtype=x.dtype)
-    qkv = [t for weight, bias in projections for t in (weight, None, bias)] + [None] * (9 - 3 * len(projections))
-    views = map(view, (out, x, *qkv, proj_weight, None, proj_bias, norm_weight, norm_bias))
-    scale = (proj_weight.shape[1] // num_heads) ** -0.5
+    qkv = [t for weight, bias in projections for t in (*operand(weight), bias)] + [None] * (9 - 3 * len(projections))
+    views = map(view, (out, x, *qkv, *operand(proj_weight), proj_bias, norm_weight, norm_bias))
+    inner = operand(projections[0][0])[0].shape[0] * len(projections) // 3
+    scale = (inner // num_heads) ** -0.5
     ends = (view(attn_bias), scale, view(layer_scale), view(row_scale), samples, num_heads)
     kernels.self_attention(*views, NORMS.index("layer"), 1e-6, *ends, compute_code(compute), threads)
     return out

@@ -21,6 +21,7 @@ SAMPLES = {
         1e-6,
         "gelu",
         None,
+        "int8",
     ),
     "attention": lambda: (*(torch.randn(2, 5, 3, 8) for _ in range(3)), 0.3, torch.randn(5, 5), None),
     "linear_residual": lambda: (
@@ -30,6 +31,7 @@ SAMPLES = {
         torch.randn(2, 5, 6),
         None,
         torch.tensor([0.0, 2.0]),
+        None,
         None,
     ),
     "patch_embed": lambda: (
@@ -57,6 +59,8 @@ SAMPLES = {
         torch.randn(8),
         torch.tensor([0.0, 2.0]),
         None,
+        None,
+        "int8",
     ),
     "self_attention": lambda: (
         torch.randn(2, 5, 8),
@@ -73,6 +77,8 @@ SAMPLES = {
         torch.randn(8),
         torch.tensor([0.0, 2.0]),
         None,
+        "int8",
+        "int8",
     ),
     "pool": lambda: (torch.randn(2, 5, 8), "avg", 1, "layer", None, None, 1e-6, torch.randn(3, 8), None, None),
 }
