@@ -32,8 +32,9 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 import triton
 from fastvit.kernels.attention import attention
 from fastvit.kernels.launch import ARCHS, Launch, record
-from fastvit.kernels.linear_residual import linear_residual
-from fastvit.kernels.norm_linear import norm_linear
+from fastvit.kernels.linear_residual import linear_residual, linear_residual_backward
+from fastvit.kernels.mlp import mlp, mlp_backward
+from fastvit.kernels.norm_linear import norm_linear, norm_linear_backward
 from fastvit.kernels.patch_embed import patch_embed
 from fastvit.kernels.pool import pool
 from triton.backends.compiler import GPUTarget
@@ -94,6 +95,7 @@ def cases() -> Iterator[Case]:
     yield from _attention_cases()
     yield from _norm_linear_cases()
     yield from _linear_residual_cases()
+    yield from _backward_cases()
     yield from _patch_embed_cases()
     yield from _pool_cases()
 
@@ -190,6 +192,74 @@ def _linear_residual_cases() -> Iterator[Case]:
     yield case("FC2, residual fp32", 256, 3072, 768, bf16, f32)
     for tf32 in (False, True):
         yield case("FC2", 256, 3072, 768, f32, f32, tf32)
+
+
+def _backward_cases() -> Iterator[Case]:
+    def linear(k: int, dtype: torch.dtype, residual: torch.dtype) -> Case:
+        def call() -> None:
+            x, weight, grad = (
+                _meta(64, 197, k, dtype=dtype),
+                _meta(768, k, dtype=dtype),
+                _meta(64, 197, 768, dtype=residual),
+            )
+            vector, factors = _meta(768, dtype=torch.float32), _meta(64, dtype=torch.float32)
+            linear_residual_backward(
+                grad, x, weight, _meta(768, dtype=dtype), layer_scale=vector, drop_path=factors, needs=(True,) * 4
+            )
+
+        return Case("linear_residual", f"backward, K={k}, residual {_TYPES[residual]}", dtype, call)
+
+    def norm(k: int, dtype: torch.dtype, x_dtype: torch.dtype, norm: str, activation: str = "none") -> Case:
+        def call() -> None:
+            x, weight = _meta(64, 197, k, dtype=x_dtype), _meta(1536, k, dtype=dtype)
+            features = 768 if activation == "swiglu" else 1536
+            vector = _meta(k, dtype=torch.float32)
+            norm_linear_backward(
+                _meta(64, 197, features, dtype=dtype),
+                x,
+                weight,
+                _meta(1536, dtype=dtype),
+                norm=norm,
+                norm_weight=vector,
+                norm_bias=vector if norm == "layer" else None,
+                eps=1e-6,
+                activation=activation,
+                needs=(True,) * 5,
+            )
+
+        return Case("norm_linear", f"backward, {norm} {activation}, K={k}, x {_TYPES[x_dtype]}", dtype, call)
+
+    def both(d: int, dtype: torch.dtype, activation: str) -> Case:
+        def call() -> None:
+            wide = 8 * d if activation == "swiglu" else 4 * d
+            x, fc1, fc2 = _meta(64, 197, d, dtype=dtype), _meta(wide, d, dtype=dtype), _meta(d, 4 * d, dtype=dtype)
+            vector, factors = _meta(d, dtype=torch.float32), _meta(64, dtype=torch.float32)
+            options = {
+                "norm": "layer", "norm_weight": vector, "norm_bias": vector, "eps": 1e-6, "activation": activation,
+                "layer_scale": vector, "drop_path": factors,
+            }  # fmt: skip
+            bias = _meta(d, dtype=dtype)
+            _, pre = mlp(x, fc1, _meta(wide, dtype=dtype), fc2, bias, **options)
+            mlp_backward(_meta(64, 197, d, dtype=dtype), pre, x, fc1, fc2, bias, **options, needs=(True,) * 8)
+
+        return Case("mlp", f"training, {activation}, D={d}", dtype, call)
+
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    yield linear(768, bf16, bf16)
+    yield linear(3072, bf16, f32)
+    yield linear(768, f32, f32)
+    for k in (384, 768, 1024, 1408, 4096):
+        yield norm(k, bf16, bf16, "layer")
+    yield norm(768, bf16, f32, "rms")
+    yield norm(1408, f32, f32, "layer")
+    for activation in ("gelu_tanh", "quick_gelu", "relu", "silu"):
+        yield norm(768, f16, f16, "layer", activation)
+    for activation in ("gelu", "swiglu"):
+        yield norm(768, f32, f32, "layer", activation)
+        yield norm(768, bf16, bf16, "layer", activation)
+        yield both(768, bf16, activation)
+    yield both(1408, bf16, "gelu")
+    yield both(384, f16, "gelu_tanh")
 
 
 def _patch_embed_cases() -> Iterator[Case]:

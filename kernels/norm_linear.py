@@ -1,4 +1,4 @@
-"""norm_linear: activation(norm(x) @ weight.T + bias).
+"""norm_linear: activation(norm(x) @ weight.T + bias), forward and backward.
 
 Shapes: x (M, K), weight (N, K), or (2 N, K) = [gate; value] for swiglu, out (M, N).
 
@@ -6,22 +6,30 @@ Cost in 16 bits: 2 M N K flops (twice that for swiglu), 2 (M K + N K + M N) byte
 (M = 50,432, K = 768, N = 3,072): 238 GFLOP and 392 MB, 607 flops a byte: the tensor cores bound it everywhere, and what
 counts is that neither norm(x) nor the product before its activation touches memory (78 and 310 MB each way).
 
-Two launches: `_statistics` reads x once for mean and 1/std of each row (M K bytes * 2, bound by memory), `_product`
+Two launches: `norm.statistics` reads x once for mean and 1/std of each row (M K bytes * 2, bound by memory), `_product`
 normalises tiles of x on their way to the tensor cores.  Padding K with zeros is harmless: where weight is 0, whatever
 norm(x) makes of the padding counts nothing.
+
+The backward needs the inputs alone.  Its two products (4 M N K flops) are pure and are cuBLAS's; what was before the
+activation is made again (2 M N K more) where it was not kept, one pass multiplies the gradient by the derivative and
+sums the bias's, and the norm's backward is one pass more.
 """
+
+# ruff: noqa: SIM108 - a constant `if` of Triton's is no expression
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels.activations import activate
-from fastvit.kernels.launch import arch, compute_dtype, launch, precision, rows
-from fastvit.kernels.product import tile_index, tile_product
+from fastvit.kernels.activations import activate, activate_with_derivative
+from fastvit.kernels.launch import arch, compute_dtype, launch, multiprocessors, precision, rows
+from fastvit.kernels.norm import norm_backward, normalize, statistics
+from fastvit.kernels.product import tile_index, tile_product, weight_gradient
 from torch import Tensor
 
 
@@ -64,6 +72,10 @@ _TILES = {
 
 _GROUP_M = 8
 
+# What a program of the activation's backward holds at a time, on every architecture: it is bound by memory.
+_POINTWISE = {"block_m": 16, "block_n": 256, "num_warps": 8}
+_POINTWISE_PROGRAMS_PER_MULTIPROCESSOR = 8
+
 
 def tile_for(device: torch.device, dtype: torch.dtype, m: int) -> Tile:
     """The tile of a product of `m` rows in `dtype`; linear_residual has the same main loop and the same table."""
@@ -81,10 +93,12 @@ def norm_linear(
     norm_bias: Tensor | None = None,
     eps: float = 1e-6,
     activation: str = "none",
+    pre: Tensor | None = None,
 ) -> Tensor:
     """Launch: same signature and meaning as `fastvit.ops.norm_linear`.
 
-    The result has the dtype that products run in: the narrower of `x` and `weight`.
+    The result has the dtype that products run in: the narrower of `x` and `weight`.  `pre` (M, rows of weight), of that
+    dtype, receives what the activation is applied to.
     """
     dtype = compute_dtype(x, weight)
     gated = activation == "swiglu"
@@ -95,25 +109,7 @@ def norm_linear(
     bias, norm_weight, norm_bias = (None if t is None else t.contiguous() for t in (bias, norm_weight, norm_bias))
     mean = rstd = None
     if norm != "none":
-        mean, rstd = torch.empty(2, m, dtype=torch.float32, device=x.device)
-        block_k = triton.next_power_of_2(k)
-        block_m = max(1, min(16, 4096 // block_k))
-        launch(
-            _statistics,
-            triton.cdiv(m, block_m),
-            x,
-            x.stride(0),
-            mean,
-            rstd,
-            m,
-            k,
-            eps,
-            CENTRED=norm == "layer",
-            BLOCK_M=block_m,
-            BLOCK_K=block_k,
-            num_warps=min(16, max(4, block_k // 1024)),
-            num_stages=1,
-        )
+        mean, rstd = statistics(x, norm, eps)
     tile = tile_for(x.device, dtype, m)
     block_n = tile.block_n // 2 if gated else tile.block_n
     launch(
@@ -129,6 +125,7 @@ def norm_linear(
         norm_weight,
         norm_bias,
         out,
+        pre,
         m,
         features,
         k,
@@ -147,32 +144,134 @@ def norm_linear(
     return out
 
 
-@triton.jit
-def row_moments(values, K, eps, inside, CENTRED: tl.constexpr):
-    """Mean (0 unless CENTRED) and 1 / sqrt(variance + eps) of rows of float32, in two passes over registers."""
-    if CENTRED:
-        mean = tl.sum(values, 1) / K
-        values = tl.where(inside, values - mean[:, None], 0.0)
-    else:
-        mean = tl.zeros_like(tl.sum(values, 1))
-    return mean, 1.0 / tl.sqrt(tl.sum(values * values, 1) / K + eps)
+def norm_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: str,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of x, weight, bias, norm_weight and norm_bias, those that `needs` asks for, given that of the result.
+
+    Args:
+        grad: (..., N), any float dtype.
+        weight, bias: in the dtype that products run in, as `norm_linear` takes them.
+
+    Returns:
+        x's in the dtype of `x`, all others in float32 or that of their argument.
+    """
+    dtype = compute_dtype(x, weight)
+    grad, bias_sum = rows(grad), None
+    if activation != "none":
+        pre = rows(
+            norm_linear(x, weight, bias, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps)
+        )  # fmt: skip
+        grad, _, bias_sum = activation_backward(grad, pre, activation)
+    elif needs[2]:
+        bias_sum = grad.sum(0, dtype=torch.float32)
+    x_grad, weight_grad, *norm_grads = projection_backward(
+        grad.to(dtype), x, weight, norm, norm_weight, norm_bias, eps, (needs[0], needs[1], needs[3] or needs[4])
+    )
+    return [x_grad, weight_grad, bias_sum, *norm_grads]
 
 
-@triton.jit
-def _statistics(x, x_row, mean, rstd, M, K, eps, CENTRED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    row = tl.program_id(0) * BLOCK_M
-    m = row + tl.arange(0, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)[None, :]
-    at = x + tl.cast(row, tl.int64) * x_row + (tl.arange(0, BLOCK_M)[:, None] * x_row + k)
-    values = tl.load(at, mask=(m[:, None] < M) & (k < K), other=0.0).to(tl.float32)
-    centre, scale = row_moments(values, K, eps, k < K, CENTRED)
-    tl.store(mean + m, centre, mask=m < M)
-    tl.store(rstd + m, scale, mask=m < M)
+def projection_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    needs: Sequence[bool],
+    add: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The backward of norm(x) @ weight.T: gradients of x, weight, norm_weight and norm_bias.
+
+    Args:
+        grad: (M, N), the product's gradient, in the dtype that products run in.
+        needs: of x, of weight, of either norm vector.
+        add: of x's shape, added to x's gradient.
+    """
+    shape, x, weight = x.shape, rows(x), rows(weight)
+    norm_weight, norm_bias = (None if t is None else t.contiguous() for t in (norm_weight, norm_bias))
+    x_grad = weight_grad = norm_weight_grad = norm_bias_grad = None
+    if needs[1]:
+        dtype = weight.dtype
+        normed = x.to(dtype) if norm == "none" else normalize(x, norm_weight, norm_bias, norm, eps, dtype)
+        weight_grad = weight_gradient(grad, normed, dtype)
+        del normed
+    if needs[0] or needs[2]:
+        normed_grad = torch.mm(grad, weight)
+        if norm != "none":
+            x_grad, norm_weight_grad, norm_bias_grad = norm_backward(
+                normed_grad,
+                x,
+                norm_weight,
+                norm,
+                eps,
+                add=None if add is None else rows(add),
+                want_x=needs[0],
+                want_affine=needs[2],
+            )
+        else:
+            x_grad = normed_grad.to(x.dtype)
+            if add is not None:
+                x_grad = x_grad + rows(add)
+    return None if x_grad is None else x_grad.view(shape), weight_grad, norm_weight_grad, norm_bias_grad
+
+
+def activation_backward(
+    grad: Tensor, pre: Tensor, activation: str, *, want_hidden: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The gradient of `pre` given that of activation(pre); activation(pre) too, if wanted; the sum of the rows.
+
+    Args:
+        grad: (M, N) with unit stride in the last dimension, any float dtype.
+        pre: (M, N), or (M, 2 N) = [gate; value] for swiglu, contiguous.
+
+    Returns:
+        The first two in the dtype of `pre`, the sum (N,) or (2 N,) in float32.
+    """
+    m, n = grad.shape
+    block_m, block_n, num_warps = _POINTWISE["block_m"], _POINTWISE["block_n"], _POINTWISE["num_warps"]
+    columns = triton.cdiv(n, block_n)
+    most = max(1, _POINTWISE_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(grad.device) // columns)
+    strips = min(most, triton.cdiv(m, 4 * block_m))
+    out = torch.empty_like(pre)
+    hidden = torch.empty(m, n, dtype=pre.dtype, device=pre.device) if want_hidden else None
+    shares = torch.empty(strips, pre.shape[1], dtype=torch.float32, device=pre.device)
+    launch(
+        _activation_backward,
+        columns * strips,
+        grad,
+        grad.stride(0),
+        pre,
+        out,
+        hidden,
+        shares,
+        m,
+        n,
+        columns,
+        strips,
+        ACTIVATION=activation,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=num_warps,
+        num_stages=2,
+    )
+    return out, hidden, shares.sum(0)
 
 
 @triton.jit
 def _product(
-    x, x_row, weight, weight_row, bias, mean, rstd, norm_weight, norm_bias, out, M, N, K,
+    x, x_row, weight, weight_row, bias, mean, rstd, norm_weight, norm_bias, out, pre, M, N, K,
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -188,11 +287,69 @@ def _product(
     n = column + tl.arange(0, BLOCK_N)
     if bias is not None:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if GATED and bias is not None:
+        value += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    mask = (m[:, None] < M) & (n[None, :] < N)
+    i = tl.arange(0, BLOCK_M)[:, None]
+    if pre is not None:
+        PRE_ROW: tl.constexpr = 2 if GATED else 1
+        at = pre + tl.cast(row, tl.int64) * (N * PRE_ROW) + (i * (N * PRE_ROW) + n[None, :])
+        tl.store(at, acc.to(pre.dtype.element_ty), mask=mask)
+        if GATED:
+            tl.store(at + N, value.to(pre.dtype.element_ty), mask=mask)
     if GATED:
-        if bias is not None:
-            value += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
         acc = activate(acc, "silu", True) * value
     else:
         acc = activate(acc, ACTIVATION, out.dtype.element_ty == tl.float32)
-    at = out + tl.cast(row, tl.int64) * N + (tl.arange(0, BLOCK_M)[:, None] * N + n[None, :])
-    tl.store(at, acc.to(out.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+    at = out + tl.cast(row, tl.int64) * N + (i * N + n[None, :])
+    tl.store(at, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def activation_gradients(grad, gate, value, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """(activation, gradient of gate, gradient of value); `value` counts for swiglu alone."""
+    if ACTIVATION == "swiglu":
+        silu, slope = activate_with_derivative(gate, "silu", EXACT)
+        return silu * value, grad * value * slope, grad * silu
+    else:
+        y, slope = activate_with_derivative(gate, ACTIVATION, EXACT)
+        return y, grad * slope, grad
+
+
+@triton.jit
+def _activation_backward(
+    grad, grad_row, pre, out, hidden, shares, M, N, columns, strips,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A program walks down a strip of rows.  shares (strips, N or 2 N): the strips' sums of `out`."""
+    GATED: tl.constexpr = ACTIVATION == "swiglu"
+    EXACT: tl.constexpr = pre.dtype.element_ty == tl.float32
+    WIDE: tl.constexpr = 2 if GATED else 1
+    strip = tl.program_id(0) // columns
+    i = tl.arange(0, BLOCK_M)[:, None]
+    n = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    total_value = tl.zeros([BLOCK_N], tl.float32)
+    for row in tl.range(strip * BLOCK_M, M, strips * BLOCK_M):
+        mask = (row + i < M) & (n[None, :] < N)
+        first = tl.cast(row, tl.int64)
+        g = tl.load(grad + first * grad_row + (i * grad_row + n[None, :]), mask=mask, other=0.0).to(tl.float32)
+        at = first * (N * WIDE) + (i * (N * WIDE) + n[None, :])
+        gate = tl.load(pre + at, mask=mask, other=0.0).to(tl.float32)
+        if GATED:
+            value = tl.load(pre + at + N, mask=mask, other=0.0).to(tl.float32)
+        else:
+            value = gate
+        y, gate_grad, value_grad = activation_gradients(g, gate, value, ACTIVATION, EXACT)
+        tl.store(out + at, gate_grad.to(out.dtype.element_ty), mask=mask)
+        total += tl.sum(gate_grad, 0)
+        if GATED:
+            tl.store(out + at + N, value_grad.to(out.dtype.element_ty), mask=mask)
+            total_value += tl.sum(value_grad, 0)
+        if hidden is not None:
+            at = hidden + first * N + (i * N + n[None, :])
+            tl.store(at, y.to(hidden.dtype.element_ty), mask=mask)
+    at = shares + strip * (N * WIDE) + n
+    tl.store(at, total, mask=n < N)
+    if GATED:
+        tl.store(at + N, total_value, mask=n < N)

@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 from fastvit.kernels.launch import compute_dtype, launch
-from fastvit.kernels.norm_linear import norm_linear, row_moments
+from fastvit.kernels.norm import row_moments
+from fastvit.kernels.norm_linear import norm_linear
 from torch import Tensor
 
 # Elements of x that a program holds at a time, whatever the architecture: reading x is all that it does.

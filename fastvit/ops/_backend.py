@@ -93,9 +93,34 @@ def _triton_serves(x: Tensor, compute: torch.dtype) -> bool:
     return has_triton() and compute in _TRITON_DTYPES and x.device.type in ("cuda", "cpu")
 
 
-def triton_kernel(name: str) -> Any:
-    """The host launcher `fastvit.kernels.<name>.<name>`."""
-    return getattr(importlib.import_module(f"fastvit.kernels.{name}"), name)
+@torch.compiler.assume_constant_result
+def _forces_triton() -> bool | None:
+    """None where the choice is free."""
+    forced = _forced.get()
+    return None if forced == "auto" else forced == "triton"
+
+
+def differentiates(x: Tensor, compute: torch.dtype) -> bool:
+    """Does an operator whose products run in `compute` have Triton's backward?  Elsewhere the reference is recomputed.
+
+    Asks only what torch.compile can trace.
+    """
+    forced = _forces_triton()
+    return (x.is_cuda if forced is None else forced) and x.numel() > 0 and _triton_serves(x, compute)
+
+
+def trains(x: Tensor, compute: torch.dtype, arguments: tuple[Any, ...]) -> bool:
+    """Will `arguments` be differentiated, and by Triton's backward?"""
+    return (
+        torch.is_grad_enabled()
+        and any(a.requires_grad for a in arguments if isinstance(a, Tensor))
+        and differentiates(x, compute)
+    )
+
+
+def triton_kernel(name: str, function: str | None = None) -> Any:
+    """The host launcher `fastvit.kernels.<name>.<function>`; of the operator's own name unless told otherwise."""
+    return getattr(importlib.import_module(f"fastvit.kernels.{name}"), function or name)
 
 
 def code(dtype: torch.dtype) -> int:

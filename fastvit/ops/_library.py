@@ -95,6 +95,28 @@ def _recompute(
     return tuple(result)
 
 
+def gradients_like(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    """What a backward operator returns, empty: a contiguous gradient for each tensor that needs one."""
+    return [t.new_empty(t.shape) for t, needed in zip(tensors, needs, strict=True) if needed and t is not None]
+
+
+def as_gradients(
+    grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor]:
+    """A backward operator's result from a launcher's: the gradients that are needed, in their tensors' dtypes."""
+    return [
+        g.to(t.dtype)
+        for g, t, needed in zip(grads, tensors, needs, strict=True)
+        if needed and g is not None and t is not None
+    ]
+
+
+def spread(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """A backward operator's result as autograd wants it: None for what needs no gradient."""
+    left = iter(grads)
+    return [next(left) if needed else None for needed in needs]
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that products run in under autocast, or None outside it (and for float64, which autocast leaves)."""
     device = x.device.type

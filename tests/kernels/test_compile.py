@@ -34,7 +34,7 @@ def describe(rows: list[dict]) -> str:
 def test_everything_compiles(compiled: dict) -> None:
     assert not compiled["failures"], "\n".join(compiled["failures"])
     kernels = {(r["arch"], r["operator"]) for r in compiled["resources"]}
-    operators = ("attention", "norm_linear", "linear_residual", "patch_embed", "pool")
+    operators = ("attention", "norm_linear", "linear_residual", "mlp", "patch_embed", "pool")
     assert kernels == {(arch, operator) for arch in PRODUCT for operator in operators}
 
 
@@ -54,7 +54,7 @@ def test_shared_memory_fits(compiled: dict) -> None:
 
 def test_products_use_the_tensor_cores_meant(compiled: dict) -> None:
     """A tile of fewer than 64 rows is below what wgmma and tcgen05 take, and runs as mma."""
-    products = [r for r in compiled["resources"] if r["kernel"] in ("_product", "_short", "_long")]
+    products = [r for r in compiled["resources"] if r["kernel"] in ("_product", "_hidden_gradient", "_short", "_long")]
     low = [r for r in products if r["dtype"] in ("bf16", "fp16")]
     wrong = [
         r
