@@ -35,7 +35,7 @@ from fastvit.kernels.launch import ARCHS, Launch, record
 from fastvit.kernels.linear_residual import linear_residual, linear_residual_backward
 from fastvit.kernels.mlp import mlp, mlp_backward
 from fastvit.kernels.norm_linear import norm_linear, norm_linear_backward
-from fastvit.kernels.patch_embed import patch_embed
+from fastvit.kernels.patch_embed import patch_embed, unfold
 from fastvit.kernels.pool import pool
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -284,6 +284,16 @@ def _patch_embed_cases() -> Iterator[Case]:
 
         return Case("patch_embed", f"{label}, P={patch}, B={batch}", dtype, call)
 
+    def backward(patch: int, dtype: torch.dtype, image_dtype: torch.dtype) -> Case:
+        def call() -> None:
+            numbers = (0.5, 0.5, 0.5)
+            unfold(_meta(64, 3, 224, 224, dtype=image_dtype), patch, patch, numbers, numbers, dtype)
+
+        return Case("patch_embed", f"backward, P={patch}, image {_TYPES[image_dtype]}", dtype, call)
+
+    yield backward(16, torch.bfloat16, torch.bfloat16)
+    yield backward(14, torch.bfloat16, torch.uint8)
+    yield backward(16, torch.float32, torch.float32)
     for batch in (1, 256):
         yield case("NCHW", batch, 16)
         yield case("NHWC uint8", batch, 14, uint8=True, channels_last=True)

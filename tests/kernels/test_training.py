@@ -62,12 +62,33 @@ def _self_attention() -> dict[str, Tensor]:
     }
 
 
+def _patch_embed() -> dict[str, Tensor]:
+    return {
+        "image": torch.rand(2, 3, 12, 20, generator=nasty.generator(), dtype=torch.float64),
+        "weight": nasty.weight(40, 3, 4, 4),
+        "bias": nasty.vector(40),
+        "pos_embed": nasty.tokens(15, 40, seed=3),
+        "prefix": nasty.tokens(2, 40, seed=4),
+    }
+
+
+def _pool() -> dict[str, Tensor]:
+    return {
+        "x": nasty.tokens(5, 9, D, offset=2.0),
+        "weight": nasty.weight(30, D),
+        "bias": nasty.vector(30),
+        **_norm(),
+    }
+
+
 DROP_PATH = torch.tensor([0.0, 1.25, 1.25])
 CASES: dict[str, tuple[Callable[[], dict[str, Tensor]], dict[str, Any]]] = {
     "norm_linear": (_norm_linear, {"activation": "gelu"}),
     "linear_residual": (_linear_residual, {"drop_path": DROP_PATH}),
     "mlp": (_mlp, {"activation": "gelu", "drop_path": DROP_PATH}),
     "self_attention": (_self_attention, {"num_heads": 2, "drop_path": DROP_PATH}),
+    "patch_embed": (_patch_embed, {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 2.0)}),
+    "pool": (_pool, {"mode": "avg"}),
 }
 
 
@@ -78,31 +99,58 @@ def no_recomputing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the reference was recomputed")
 
-    for name in ("norm_linear", "linear_residual", "mlp", "self_attention"):
+    for name in CASES:
         # The module: `fastvit.ops.<name>` is the function.
         module = sys.modules[f"fastvit.ops.{name}"]
         monkeypatch.setattr(module, "reference", SimpleNamespace(**{name: refuse}))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", CASES)
-def test_gradients(device: torch.device, name: str, dtype: torch.dtype) -> None:
-    make, options = CASES[name]
-    tensors = {key: t.to(dtype) for key, t in make().items()}
-    factors = {key: o.to(dtype) if isinstance(o, Tensor) else o for key, o in options.items()}
-    double = {key: o.double() if isinstance(o, Tensor) else o for key, o in factors.items()}
+def check(
+    device: torch.device, name: str, tensors: dict[str, Tensor], dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """Every gradient through `ops.<name>` on Triton's backend, in `dtype`, against float64 and eager PyTorch."""
+    tensors = {key: t.to(dtype) for key, t in tensors.items()}
+    options = {key: o.to(dtype) if isinstance(o, Tensor) and o.is_floating_point() else o for key, o in options.items()}
+    double = {key: o.double() if isinstance(o, Tensor) and o.is_floating_point() else o for key, o in options.items()}
     plain = getattr(reference, name)
-    grad = seed(*plain(**tensors, **factors).shape).to(dtype)
+    grad = seed(*plain(**tensors, **options).shape).to(dtype)
     truth = by_autograd(plain, {key: t.double() for key, t in tensors.items()}, grad.double(), **double)
-    eager = by_autograd(plain, tensors, grad, **factors)
+    eager = by_autograd(plain, tensors, grad, **options)
     with ops.use_backend("triton"):
-        on_device = {key: o.to(device) if isinstance(o, Tensor) else o for key, o in factors.items()}
+        on_device = {key: o.to(device) if isinstance(o, Tensor) else o for key, o in options.items()}
         moved = {key: t.to(device) for key, t in tensors.items()}
         actual = by_autograd(getattr(ops, name), moved, grad.to(device), **on_device)
     assert actual.keys() == truth.keys()
     for key, mine in actual.items():
         assert mine.dtype == dtype
         assert_close(mine.cpu(), truth[key], eager=eager[key])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_gradients(device: torch.device, name: str, dtype: torch.dtype) -> None:
+    make, options = CASES[name]
+    check(device, name, make(), dtype, options)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms", "none"])
+@pytest.mark.parametrize("mode", ["token", "avg", "norm_avg"])
+def test_pool(device: torch.device, mode: str, norm: str) -> None:
+    tensors = _pool()
+    for missing in {"layer": (), "rms": ("norm_bias",), "none": ("norm_weight", "norm_bias")}[norm]:
+        del tensors[missing]
+    check(device, "pool", tensors, torch.float32, {"mode": mode, "norm": norm, "num_prefix_tokens": 2})
+    del tensors["weight"], tensors["bias"]
+    check(device, "pool", tensors, torch.bfloat16, {"mode": mode, "norm": norm})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_patch_embed_of_bytes(device: torch.device, dtype: torch.dtype) -> None:
+    image = torch.randint(256, (3, 3, 28, 42), generator=nasty.generator(), dtype=torch.uint8)
+    image = image.to(memory_format=torch.channels_last)
+    tensors = {"weight": nasty.weight(24, 3, 14, 14), "pos_embed": nasty.tokens(6, 24, seed=3)}
+    check(device, "patch_embed", tensors, dtype, {"image": image, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)})
+    check(device, "patch_embed", tensors, dtype, {"image": image})
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -204,6 +252,6 @@ def test_opcheck(name: str) -> None:
     operator = getattr(torch.ops.fastvit, "mlp_training" if name == "mlp" else name).default
     if name == "self_attention":
         pytest.skip("it is a composition of the others")
-    positional = [given.get(a.name) for a in operator._schema.arguments]
+    positional = [given.get(a.name, 1 if a.name == "num_prefix_tokens" else None) for a in operator._schema.arguments]
     with ops.use_backend("triton"):
         torch.library.opcheck(operator, positional)
