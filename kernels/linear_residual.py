@@ -5,7 +5,7 @@ Shapes: x (M, K), weight (N, K), residual and out (M, N), drop_path (B,) with M 
 Cost in 16 bits: 2 M N K flops, 2 (M K + N K + 2 M N) bytes.  ViT-B/16, batch 256 (M = 50,432, N = 768): the attention
 projection (K = 768) 59 GFLOP and 234 MB, 254 flops a byte, at the ridge of an H100 (270); FC2 (K = 3,072) 238 GFLOP
 and 469 MB, bound by the tensor cores.  Reading the residual in the epilogue saves eager's two passes over (M, N), for
-LayerScale and for the sum.
+LayerScale and for the sum.  Where choices.json says so, cuBLAS makes the product and a pass adds the rest.
 
 The backward needs the inputs alone, not the branch, and passes over no (M, N) tensor but the gradient g, once.  With
 h = drop_path * g and Q = h.T @ x, the two products being pure:
@@ -24,14 +24,17 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels.launch import compute_dtype, launch, multiprocessors, precision, rows
+from fastvit.kernels import choices
+from fastvit.kernels.launch import arch, compute_dtype, launch, multiprocessors, precision, rows
 from fastvit.kernels.norm_linear import tile_for
 from fastvit.kernels.product import tile_index, tile_product, weight_gradient
 from torch import Tensor
 
+SCHEDULES = ("product", "cublas")
+
 _GROUP_M = 8
 
-# What a program of `_scale_rows` holds at a time, on every architecture: it is bound by memory.
+# What a program of `_scale_rows` or `_finish` holds at a time, on every architecture: it is bound by memory.
 _ROWS_BLOCK_M, _ROWS_BLOCK_N = 16, 256
 _ROWS_PROGRAMS_PER_MULTIPROCESSOR = 8
 _SCALE_BLOCK_K = 1024
@@ -54,6 +57,11 @@ def linear_residual(
     bias, layer_scale, drop_path = (None if t is None else t.contiguous() for t in (bias, layer_scale, drop_path))
     m, k = x.shape
     n = weight.shape[0]
+    chosen = choices.choose(arch(x.device), choices.key("linear_residual", dtype, "residual", n, k), m)
+    # cuBLAS rounds the branch, which would be all that a wider residual stream sees of it.
+    if chosen == "cublas" and residual.dtype == dtype:
+        _by_cublas(x, weight, bias, layer_scale, drop_path, m // batch, residual, out)
+        return out
     tile = tile_for(x.device, dtype, m)
     launch(
         _product,
@@ -83,6 +91,40 @@ def linear_residual(
         num_stages=tile.num_stages,
     )
     return out
+
+
+def _by_cublas(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_path: Tensor | None,
+    sample_rows: int,
+    residual: Tensor,
+    out: Tensor,
+) -> None:
+    branch = torch.mm(x.to(weight.dtype), weight.t())
+    m, n = branch.shape
+    columns = triton.cdiv(n, _ROWS_BLOCK_N)
+    launch(
+        _finish,
+        columns * triton.cdiv(m, _ROWS_BLOCK_M),
+        branch,
+        bias,
+        layer_scale,
+        drop_path,
+        sample_rows,
+        residual,
+        residual.stride(0),
+        out,
+        m,
+        n,
+        columns,
+        BLOCK_M=_ROWS_BLOCK_M,
+        BLOCK_N=_ROWS_BLOCK_N,
+        num_warps=8,
+        num_stages=1,
+    )
 
 
 def linear_residual_backward(
@@ -177,7 +219,7 @@ def scale_backward(
         total,
         weight,
         weight.stride(0),
-        bias,
+        None if bias is None else bias.contiguous(),
         layer_scale.contiguous(),
         out,
         scale_grad,
@@ -202,6 +244,17 @@ def _product(
         x, x_row, weight, weight_row, None, None, None, None, row, column, M, N, K, 0,
         "none", False, EVEN_K, ALIGN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
+    finish(
+        acc, bias, layer_scale, drop_path, sample_rows, residual, residual_row, out, row, column, M, N, BLOCK_M, BLOCK_N
+    )  # fmt: skip
+
+
+@triton.jit
+def finish(
+    acc, bias, layer_scale, drop_path, sample_rows, residual, residual_row, out, row, column, M, N,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Store residual + drop_path * layer_scale * (acc + bias)."""
     i = tl.arange(0, BLOCK_M)[:, None]
     m = row + tl.arange(0, BLOCK_M)
     n = column + tl.arange(0, BLOCK_N)
@@ -216,6 +269,22 @@ def _product(
     acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
     at = out + tl.cast(row, tl.int64) * N + (i * N + n[None, :])
     tl.store(at, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _finish(
+    branch, bias, layer_scale, drop_path, sample_rows, residual, residual_row, out, M, N, columns,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) // columns * BLOCK_M
+    column = tl.program_id(0) % columns * BLOCK_N
+    i = tl.arange(0, BLOCK_M)[:, None]
+    n = column + tl.arange(0, BLOCK_N)[None, :]
+    at = branch + tl.cast(row, tl.int64) * N + (i * N + n)
+    acc = tl.load(at, mask=(row + i < M) & (n < N), other=0.0).to(tl.float32)
+    finish(
+        acc, bias, layer_scale, drop_path, sample_rows, residual, residual_row, out, row, column, M, N, BLOCK_M, BLOCK_N
+    )  # fmt: skip
 
 
 @triton.jit

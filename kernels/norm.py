@@ -44,6 +44,11 @@ def _rows(table: dict[int | None, _Rows], k: int) -> tuple[int, int, int]:
     return max(1, min(16, rows.elements // block_k)), block_k, rows.num_warps
 
 
+def row_block(k: int) -> tuple[int, int, int]:
+    """(BLOCK_M, BLOCK_K, num_warps) of a pass over rows of `k`."""
+    return _rows(_FORWARD, k)
+
+
 def statistics(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
     """Mean (0 for "rms") and 1 / std of each row of `x` (M, K), in float32."""
     mean, rstd = torch.empty(2, x.shape[0], dtype=torch.float32, device=x.device)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from fastvit.kernels import choices
 from fastvit.kernels.linear_residual import linear_residual, linear_residual_backward
 from torch import Tensor
 
@@ -94,6 +95,15 @@ def test_strides(device: torch.device, layout: str) -> None:
 
 def test_the_tile_of_large_batches(device: torch.device) -> None:
     check(device, (1, 2049, 32), 40, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("without", [(), ("bias", "layer_scale", "drop_path")])
+def test_by_cublas(device: torch.device, without: tuple[str, ...], dtype: torch.dtype) -> None:
+    with choices.force("cublas"):
+        check(device, (3, 50, 96), 72, dtype, without=without)
+        check(device, (2, 20, 33), 300, torch.bfloat16, layout="sliced")
+        check(device, (2, 20, 33), 300, torch.bfloat16, residual_dtype=torch.float32)  # not by cuBLAS
 
 
 NAMES = ("x", "weight", "bias", "layer_scale")

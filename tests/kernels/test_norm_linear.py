@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
+from fastvit.kernels import choices
+from fastvit.kernels import norm_linear as kernel
+from fastvit.kernels.launch import record
 from fastvit.kernels.norm_linear import norm_linear, norm_linear_backward
 from torch import Tensor
 
@@ -164,6 +169,65 @@ def test_float32_follows_torch_matmul_precision(device: torch.device) -> None:
         torch.set_float32_matmul_precision(before)
     # The interpreter has no tf32: there the other tile must still be right.
     assert relative_l2(result, truth) <= (1e-3 if device.type == "cuda" else FLOAT32)
+
+
+@pytest.fixture(params=["folded", "persistent", "cublas"])
+def schedule(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every product in the test that can runs by this schedule, however few its rows."""
+    with choices.force(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_by(device: torch.device, schedule: str, activation: str) -> None:
+    check(device, nasty.tokens(150, 96), 72, torch.bfloat16, activation=activation)
+
+
+@pytest.mark.parametrize("offset", [10.0, 99.0])
+def test_mean_far_above_deviation_by(device: torch.device, schedule: str, offset: float) -> None:
+    """Folded, the mean cancels because the sums are those of the rounded weight."""
+    check(device, nasty.tokens(70, 192, offset=offset, massive=0), 64, torch.bfloat16)
+
+
+def test_variants_by(device: torch.device, schedule: str) -> None:
+    check(device, nasty.tokens(3, 30, 96), 136, torch.bfloat16, norm="rms", activation="gelu")
+    check(device, nasty.tokens(70, 64), 24, torch.bfloat16, affine=False, bias=False)
+    check(device, nasty.tokens(70, 98), 33, torch.bfloat16, activation="swiglu")  # no multiple of 16 bytes
+    check(device, nasty.tokens(70, 80), 32, torch.bfloat16, layout="sliced")
+    check(device, nasty.tokens(50, 64), 40, torch.float32, activation="gelu")  # not folded, but cuBLAS may run it
+    check(device, nasty.tokens(50, 64), 40, torch.float16, norm="none")
+
+
+def test_a_changed_parameter_is_seen_by(device: torch.device, schedule: str) -> None:
+    """Nothing derived from a weight is kept."""
+    x, weight, gamma = nasty.tokens(70, 64).bfloat16(), nasty.weight(48, 64).bfloat16(), nasty.vector(64, 3, mean=1.0)
+    x, weight, gamma = (t.to(device) for t in (x, weight, gamma.bfloat16()))
+    before = norm_linear(x, weight, norm_weight=gamma)
+    weight.data.neg_()
+    gamma.data.mul_(2.0)
+    assert torch.equal(norm_linear(x, weight, norm_weight=gamma), -2 * before)
+
+
+def test_which_schedule_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By rows where nothing was measured, by what was measured where that can run."""
+
+    def chosen(m: int, k: int, dtype: torch.dtype, *, stride: int | None = None, norm: str = "layer") -> str:
+        x = torch.empty_strided((m, k), (stride or k, 1), dtype=dtype, device="meta")
+        with record("sm90"):
+            return kernel._schedule(x, torch.empty(64, k, dtype=dtype, device="meta"), norm, "gelu", False)
+
+    low = torch.bfloat16
+    monkeypatch.setattr(choices, "table", dict)
+    assert [chosen(m, 768, low) for m in (197, 6304, 50432)] == ["normalising", "folded", "persistent"]
+    assert chosen(50432, 588, low) == chosen(50432, 768, low, stride=770) == "folded"
+    assert chosen(50432, 768, torch.float16) == chosen(50432, 768, torch.float32) == "normalising"
+    assert chosen(50432, 768, low, norm="none") == "normalising"
+
+    name = choices.key("norm_linear", low, "layer gelu", 64, 768)
+    monkeypatch.setattr(choices, "table", lambda: {"sm90": {name: {"16": "cublas", "8": "persistent"}}})
+    assert [chosen(m, 768, low) for m in (197, 6304, 40000, 50432)] == ["persistent", "folded", "cublas", "cublas"]
+    assert chosen(197, 768, low, stride=770) == "normalising"
+    assert chosen(50432, 760, low) == "persistent"
 
 
 NAMES = ("x", "weight", "bias", "norm_weight", "norm_bias")

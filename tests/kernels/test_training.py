@@ -255,3 +255,22 @@ def test_opcheck(name: str) -> None:
     positional = [given.get(a.name, 1 if a.name == "num_prefix_tokens" else None) for a in operator._schema.arguments]
     with ops.use_backend("triton"):
         torch.library.opcheck(operator, positional)
+
+
+def test_a_compiled_block_follows_the_backend(device: torch.device) -> None:
+    """What was traced for one backend is not run on another."""
+    if device.type == "cuda":
+        pytest.skip("there one backend alone has kernels")
+    block, x = _block().to(device), nasty.tokens(2, 5, D, massive=0).float().to(device)
+    traced: list[str] = []
+
+    def spy(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        traced.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(block, fullgraph=True, backend=spy)
+    for backend, own in (("triton", True), ("cpp", False), ("triton", True)):
+        with ops.use_backend(backend):
+            compiled(x)
+        assert any("mlp_training" in name for name in traced) == own or not traced
+        traced.clear()
