@@ -333,6 +333,7 @@ if __name__ == "__main__":
             cmdclass={"build_ext": NinjaBuild},
             packages=[*find_packages(include=["fastvit", "fastvit.*"]), "fastvit.kernels"],
             package_dir={"fastvit.kernels": "kernels"},
+            package_data={"fastvit.kernels": ["choices.json"]},
         )
     except BuildError as error:
         sys.exit(f"fastvit: {error}")

@@ -30,11 +30,13 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     sys.exit("benchmarks.resources compiles kernels: unset TRITON_INTERPRET")
 
 import triton
+from fastvit.kernels import choices
 from fastvit.kernels.attention import attention
 from fastvit.kernels.launch import ARCHS, Launch, record
-from fastvit.kernels.linear_residual import linear_residual
-from fastvit.kernels.norm_linear import norm_linear
-from fastvit.kernels.patch_embed import patch_embed
+from fastvit.kernels.linear_residual import linear_residual, linear_residual_backward
+from fastvit.kernels.mlp import mlp, mlp_backward
+from fastvit.kernels.norm_linear import SCHEDULES, norm_linear, norm_linear_backward
+from fastvit.kernels.patch_embed import patch_embed, unfold
 from fastvit.kernels.pool import pool
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -55,6 +57,8 @@ _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
 
 # Tensor-core instructions, by the name under which the table counts them.
 _PRODUCTS = {"mma": r"\bHMMA", "wgmma": r"\bHGMMA", "tcgen05": r"\bUTC\w*MMA", "mfma": r"\bv_s?mfma"}
+# What shows that TMA loads the tiles, and that warps are specialised: registers moved from loaders to the others.
+_SPECIALISED = {"tma": r"\bUTMALDG", "setmaxreg": r"\bUSETMAXREG"}
 
 
 class Case(NamedTuple):
@@ -87,6 +91,8 @@ class Resources:
     wgmma: int = 0
     tcgen05: int = 0
     mfma: int = 0
+    tma: int = 0
+    setmaxreg: int = 0
 
 
 def cases() -> Iterator[Case]:
@@ -94,6 +100,7 @@ def cases() -> Iterator[Case]:
     yield from _attention_cases()
     yield from _norm_linear_cases()
     yield from _linear_residual_cases()
+    yield from _backward_cases()
     yield from _patch_embed_cases()
     yield from _pool_cases()
 
@@ -138,12 +145,14 @@ def _attention_cases() -> Iterator[Case]:
 def _norm_linear_cases() -> Iterator[Case]:
     def case(
         label: str, batch: int, k: int, features: int, dtype: torch.dtype = torch.bfloat16, *, norm: str = "layer",
-        activation: str = "none", x_dtype: torch.dtype | None = None, tf32: bool = False,
+        activation: str = "none", x_dtype: torch.dtype | None = None, tf32: bool = False, schedule: str | None = None,
+        archs: tuple[str, ...] = ARCHS,
     ) -> Case:  # fmt: skip
         def call() -> None:
             x = _meta(batch, 197, k, dtype=x_dtype or dtype)
             vector = None if norm == "none" else _meta(k, dtype=torch.float32)
-            with _matmul_precision("high" if tf32 else "highest"):
+            forced = contextlib.nullcontext() if schedule is None else choices.force(schedule)
+            with _matmul_precision("high" if tf32 else "highest"), forced:
                 norm_linear(
                     x,
                     _meta(features, k, dtype=dtype),
@@ -154,11 +163,19 @@ def _norm_linear_cases() -> Iterator[Case]:
                     activation=activation,
                 )
 
-        return Case("norm_linear", f"{label}, M={batch * 197}", dtype, call)
+        how = "" if schedule is None else f", {schedule}"
+        return Case("norm_linear", f"{label}, M={batch * 197}{how}", dtype, call, archs)
 
+    # What choices.json may ask for beside the kernel's own rule.
+    for schedule in SCHEDULES:
+        yield case("FC1 GELU", 256, 768, 3072, activation="gelu", schedule=schedule)
+    yield case("SwiGLU", 256, 1408, 6144, norm="rms", activation="swiglu", schedule="normalising")
     for batch in (1, 32, 256):
         yield case("FC1 GELU", batch, 768, 3072, activation="gelu")
         yield case("SwiGLU", batch, 1408, 6144, norm="rms", activation="swiglu")
+    # The persistent product's registers leave no room: every epilogue.
+    for activation in ("none", "gelu_tanh", "quick_gelu", "silu", "relu"):
+        yield case(f"FC1 {activation}", 256, 768, 3072, activation=activation, archs=("sm90",))
     yield case("FC1 GELU, x fp32", 256, 768, 3072, activation="gelu", x_dtype=torch.float32)
     yield case("FC1 tanh GELU", 256, 768, 3072, torch.float16, activation="gelu_tanh")
     yield case("no norm, K=2730", 256, 2730, 1024, norm="none")
@@ -169,10 +186,11 @@ def _norm_linear_cases() -> Iterator[Case]:
 
 def _linear_residual_cases() -> Iterator[Case]:
     def case(
-        label: str, batch: int, k: int, n: int, dtype: torch.dtype, residual: torch.dtype, tf32: bool = False
-    ) -> Case:
+        label: str, batch: int, k: int, n: int, dtype: torch.dtype, residual: torch.dtype, tf32: bool = False,
+        schedule: str = "product",
+    ) -> Case:  # fmt: skip
         def call() -> None:
-            with _matmul_precision("high" if tf32 else "highest"):
+            with _matmul_precision("high" if tf32 else "highest"), choices.force(schedule):
                 linear_residual(
                     _meta(batch, 197, k, dtype=dtype),
                     _meta(n, k, dtype=dtype),
@@ -188,8 +206,75 @@ def _linear_residual_cases() -> Iterator[Case]:
     for batch in (2, 32, 256):
         yield case("FC2", batch, 3072, 768, bf16, bf16)
     yield case("FC2, residual fp32", 256, 3072, 768, bf16, f32)
+    yield case("FC2, cublas", 256, 3072, 768, bf16, bf16, schedule="cublas")
     for tf32 in (False, True):
         yield case("FC2", 256, 3072, 768, f32, f32, tf32)
+
+
+def _backward_cases() -> Iterator[Case]:
+    def linear(k: int, dtype: torch.dtype, residual: torch.dtype) -> Case:
+        def call() -> None:
+            x, weight, grad = (
+                _meta(64, 197, k, dtype=dtype),
+                _meta(768, k, dtype=dtype),
+                _meta(64, 197, 768, dtype=residual),
+            )
+            vector, factors = _meta(768, dtype=torch.float32), _meta(64, dtype=torch.float32)
+            linear_residual_backward(
+                grad, x, weight, _meta(768, dtype=dtype), layer_scale=vector, drop_path=factors, needs=(True,) * 4
+            )
+
+        return Case("linear_residual", f"backward, K={k}, residual {_TYPES[residual]}", dtype, call)
+
+    def norm(k: int, dtype: torch.dtype, x_dtype: torch.dtype, norm: str, activation: str = "none") -> Case:
+        def call() -> None:
+            x, weight = _meta(64, 197, k, dtype=x_dtype), _meta(1536, k, dtype=dtype)
+            features = 768 if activation == "swiglu" else 1536
+            vector = _meta(k, dtype=torch.float32)
+            norm_linear_backward(
+                _meta(64, 197, features, dtype=dtype),
+                x,
+                weight,
+                _meta(1536, dtype=dtype),
+                norm=norm,
+                norm_weight=vector,
+                norm_bias=vector if norm == "layer" else None,
+                eps=1e-6,
+                activation=activation,
+                needs=(True,) * 5,
+            )
+
+        return Case("norm_linear", f"backward, {norm} {activation}, K={k}, x {_TYPES[x_dtype]}", dtype, call)
+
+    def both(d: int, dtype: torch.dtype, activation: str) -> Case:
+        def call() -> None:
+            wide = 8 * d if activation == "swiglu" else 4 * d
+            x, fc1, fc2 = _meta(64, 197, d, dtype=dtype), _meta(wide, d, dtype=dtype), _meta(d, 4 * d, dtype=dtype)
+            vector, factors = _meta(d, dtype=torch.float32), _meta(64, dtype=torch.float32)
+            options = {
+                "norm": "layer", "norm_weight": vector, "norm_bias": vector, "eps": 1e-6, "activation": activation,
+                "layer_scale": vector, "drop_path": factors,
+            }  # fmt: skip
+            bias = _meta(d, dtype=dtype)
+            _, pre = mlp(x, fc1, _meta(wide, dtype=dtype), fc2, bias, **options)
+            mlp_backward(_meta(64, 197, d, dtype=dtype), pre, x, fc1, fc2, bias, **options, needs=(True,) * 8)
+
+        return Case("mlp", f"training, {activation}, D={d}", dtype, call)
+
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    yield linear(768, bf16, bf16)
+    yield linear(3072, bf16, f32)
+    yield linear(768, f32, f32)
+    for k in (384, 1408, 4096):
+        yield norm(k, bf16, bf16, "layer")
+    yield norm(768, bf16, f32, "rms")
+    yield norm(1408, f32, f32, "layer")
+    for activation in ("gelu_tanh", "quick_gelu"):
+        yield norm(768, f16, f16, "layer", activation)
+    for activation in ("gelu", "swiglu"):
+        yield norm(768, f32, f32, "layer", activation)
+        yield norm(768, bf16, bf16, "layer", activation)
+        yield both(768, bf16, activation)
 
 
 def _patch_embed_cases() -> Iterator[Case]:
@@ -214,6 +299,16 @@ def _patch_embed_cases() -> Iterator[Case]:
 
         return Case("patch_embed", f"{label}, P={patch}, B={batch}", dtype, call)
 
+    def backward(patch: int, dtype: torch.dtype, image_dtype: torch.dtype) -> Case:
+        def call() -> None:
+            numbers = (0.5, 0.5, 0.5)
+            unfold(_meta(64, 3, 224, 224, dtype=image_dtype), patch, patch, numbers, numbers, dtype)
+
+        return Case("patch_embed", f"backward, P={patch}, image {_TYPES[image_dtype]}", dtype, call)
+
+    yield backward(16, torch.bfloat16, torch.bfloat16)
+    yield backward(14, torch.bfloat16, torch.uint8)
+    yield backward(16, torch.float32, torch.float32)
     for batch in (1, 256):
         yield case("NCHW", batch, 16)
         yield case("NHWC uint8", batch, 14, uint8=True, channels_last=True)
@@ -310,7 +405,7 @@ def measure(case: Case, launch: Launch, arch: str) -> Resources:
         shared=compiled.metadata.shared,
         spilled=spilled,
         instructions=len(re.findall(r"/\*[0-9a-f]{4,}\*/", code)) or len(re.findall(r"^\t[vsdgb]\w+_", code, re.M)),
-        **{name: len(re.findall(pattern, code)) for name, pattern in _PRODUCTS.items()},
+        **{name: len(re.findall(pattern, code)) for name, pattern in (_PRODUCTS | _SPECIALISED).items()},
     )
 
 
@@ -394,7 +489,8 @@ def table(resources: list[Resources]) -> str:
     columns += ("shared KB", "spilled", "instructions", "products")
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for r in resources:
-        products = ", ".join(f"{getattr(r, name)} {name}" for name in _PRODUCTS if getattr(r, name)) or "none"
+        counted = (*_PRODUCTS, *_SPECIALISED)
+        products = ", ".join(f"{getattr(r, name)} {name}" for name in counted if getattr(r, name)) or "none"
         cells = (r.arch, r.operator, r.label, r.dtype, r.kernel, r.config, r.warps, r.stages, r.registers)
         cells += (f"{r.shared / 1024:.1f}", r.spilled, r.instructions, products)
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 ARCHS = ("sm80", "sm90", "sm100", "gfx942")
@@ -46,14 +47,21 @@ def record(arch: str) -> Iterator[list[Launch]]:
         _recorder.reset(token)
 
 
-def launch(kernel: Any, programs: int, *args: Any, num_warps: int, num_stages: int, **constants: Any) -> None:
-    """Run `programs` instances of `kernel` on the device of its first argument."""
+def launch(
+    kernel: Any, programs: int, *args: Any, num_warps: int, num_stages: int, descriptors: bool = False, **constants: Any
+) -> None:
+    """Run `programs` instances of `kernel` on the device of its first argument.
+
+    descriptors: the kernel makes TMA descriptors, for which Triton asks for memory.
+    """
     recorder = _recorder.get()
     if recorder is not None:
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | constants
         recorder.launches.append(Launch(kernel, arguments, num_warps, num_stages))
         return
     device = args[0].device
+    if descriptors:
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](*args, num_warps=num_warps, num_stages=num_stages, **constants)

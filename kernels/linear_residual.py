@@ -1,26 +1,43 @@
-"""linear_residual: residual + drop_path * layer_scale * (x @ weight.T + bias).
+"""linear_residual: residual + drop_path * layer_scale * (x @ weight.T + bias), forward and backward.
 
 Shapes: x (M, K), weight (N, K), residual and out (M, N), drop_path (B,) with M / B rows to a sample.
 
 Cost in 16 bits: 2 M N K flops, 2 (M K + N K + 2 M N) bytes.  ViT-B/16, batch 256 (M = 50,432, N = 768): the attention
 projection (K = 768) 59 GFLOP and 234 MB, 254 flops a byte, at the ridge of an H100 (270); FC2 (K = 3,072) 238 GFLOP
 and 469 MB, bound by the tensor cores.  Reading the residual in the epilogue saves eager's two passes over (M, N), for
-LayerScale and for the sum.
+LayerScale and for the sum.  Where choices.json says so, cuBLAS makes the product and a pass adds the rest.
+
+The backward needs the inputs alone, not the branch, and passes over no (M, N) tensor but the gradient g, once.  With
+h = drop_path * g and Q = h.T @ x, the two products being pure:
+
+    x's gradient            h @ (layer_scale * weight)
+    weight's                layer_scale * Q
+    bias's                  layer_scale * sum_m h
+    layer_scale's           sum_k weight * Q + bias * sum_m h     (the branch is weight @ x + bias)
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels.launch import compute_dtype, launch, precision, rows
+from fastvit.kernels import choices
+from fastvit.kernels.launch import arch, compute_dtype, launch, multiprocessors, precision, rows
 from fastvit.kernels.norm_linear import tile_for
-from fastvit.kernels.product import tile_index, tile_product
+from fastvit.kernels.product import tile_index, tile_product, weight_gradient
 from torch import Tensor
 
+SCHEDULES = ("product", "cublas")
+
 _GROUP_M = 8
+
+# What a program of `_scale_rows` or `_finish` holds at a time, on every architecture: it is bound by memory.
+_ROWS_BLOCK_M, _ROWS_BLOCK_N = 16, 256
+_ROWS_PROGRAMS_PER_MULTIPROCESSOR = 8
+_SCALE_BLOCK_K = 1024
 
 
 def linear_residual(
@@ -40,6 +57,11 @@ def linear_residual(
     bias, layer_scale, drop_path = (None if t is None else t.contiguous() for t in (bias, layer_scale, drop_path))
     m, k = x.shape
     n = weight.shape[0]
+    chosen = choices.choose(arch(x.device), choices.key("linear_residual", dtype, "residual", n, k), m)
+    # cuBLAS rounds the branch, which would be all that a wider residual stream sees of it.
+    if chosen == "cublas" and residual.dtype == dtype:
+        _by_cublas(x, weight, bias, layer_scale, drop_path, m // batch, residual, out)
+        return out
     tile = tile_for(x.device, dtype, m)
     launch(
         _product,
@@ -71,6 +93,144 @@ def linear_residual(
     return out
 
 
+def _by_cublas(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_path: Tensor | None,
+    sample_rows: int,
+    residual: Tensor,
+    out: Tensor,
+) -> None:
+    branch = torch.mm(x.to(weight.dtype), weight.t())
+    m, n = branch.shape
+    columns = triton.cdiv(n, _ROWS_BLOCK_N)
+    launch(
+        _finish,
+        columns * triton.cdiv(m, _ROWS_BLOCK_M),
+        branch,
+        bias,
+        layer_scale,
+        drop_path,
+        sample_rows,
+        residual,
+        residual.stride(0),
+        out,
+        m,
+        n,
+        columns,
+        BLOCK_M=_ROWS_BLOCK_M,
+        BLOCK_N=_ROWS_BLOCK_N,
+        num_warps=8,
+        num_stages=1,
+    )
+
+
+def linear_residual_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    layer_scale: Tensor | None,
+    drop_path: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of x, weight, bias and layer_scale, those that `needs` asks for.  The residual's is `grad` itself.
+
+    Args:
+        grad: of residual's shape and dtype.
+        x, weight, bias: in the dtype that products run in, as `linear_residual` takes them.
+
+    Returns:
+        x's in the dtype that products run in, all others in float32 or that of their argument.
+    """
+    dtype = compute_dtype(x, weight)
+    shape, x = x.shape, rows(x)
+    want_weight, want_sum = needs[1] or needs[3], needs[2] or needs[3]
+    branch_grad, total = scale_rows(grad, drop_path, dtype, want_sum=want_sum)
+    x_grad = weight_grad = bias_grad = scale_grad = None
+    if needs[0]:
+        scaled = weight if layer_scale is None else (weight * layer_scale[:, None]).to(dtype)
+        x_grad = torch.mm(branch_grad, scaled).view(shape)
+    if want_weight:
+        weight_grad = weight_gradient(branch_grad, x, dtype if layer_scale is None else torch.float32)
+    bias_grad = total
+    if layer_scale is not None:
+        weight_grad, bias_grad, scale_grad = scale_backward(weight_grad, total, weight, bias, layer_scale, needs[3])
+    return [x_grad, weight_grad, bias_grad, scale_grad]
+
+
+def scale_rows(
+    grad: Tensor, drop_path: Tensor | None, dtype: torch.dtype, *, want_sum: bool
+) -> tuple[Tensor, Tensor | None]:
+    """drop_path * grad as (M, N) in `dtype`, and the sum of its rows in float32: one pass over `grad`."""
+    batch, grad = grad.shape[0], rows(grad)
+    m, n = grad.shape
+    if drop_path is None and grad.dtype == dtype:
+        return grad, grad.sum(0, dtype=torch.float32) if want_sum else None
+    columns = triton.cdiv(n, _ROWS_BLOCK_N)
+    most = max(1, _ROWS_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(grad.device) // columns)
+    strips = min(most, triton.cdiv(m, 4 * _ROWS_BLOCK_M))
+    out = torch.empty(m, n, dtype=dtype, device=grad.device)
+    shares = torch.empty(strips, n, dtype=torch.float32, device=grad.device) if want_sum else None
+    launch(
+        _scale_rows,
+        columns * strips,
+        grad,
+        grad.stride(0),
+        None if drop_path is None else drop_path.contiguous(),
+        m // batch,
+        out,
+        shares,
+        m,
+        n,
+        columns,
+        strips,
+        BLOCK_M=_ROWS_BLOCK_M,
+        BLOCK_N=_ROWS_BLOCK_N,
+        num_warps=8,
+        num_stages=2,
+    )
+    return out, None if shares is None else shares.sum(0)
+
+
+def scale_backward(
+    weight_grad: Tensor | None,
+    total: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor,
+    want_scale: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """LayerScale's part: gradients of weight, bias and layer_scale from Q (N, K) and the sum of h (N,) in float32."""
+    bias_grad = None if total is None else total * layer_scale
+    if weight_grad is None:
+        return None, bias_grad, None
+    n, k = weight_grad.shape
+    weight = rows(weight)
+    out = torch.empty(n, k, dtype=weight.dtype, device=weight.device)
+    scale_grad = torch.empty(n, dtype=torch.float32, device=weight.device) if want_scale else None
+    launch(
+        _scale_backward,
+        n,
+        weight_grad,
+        total,
+        weight,
+        weight.stride(0),
+        None if bias is None else bias.contiguous(),
+        layer_scale.contiguous(),
+        out,
+        scale_grad,
+        k,
+        BLOCK_K=_SCALE_BLOCK_K,
+        num_warps=4,
+        num_stages=1,
+    )
+    return out, bias_grad, scale_grad
+
+
 @triton.jit
 def _product(
     x, x_row, weight, weight_row, bias, layer_scale, drop_path, sample_rows, residual, residual_row, out, M, N, K,
@@ -84,6 +244,17 @@ def _product(
         x, x_row, weight, weight_row, None, None, None, None, row, column, M, N, K, 0,
         "none", False, EVEN_K, ALIGN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
+    finish(
+        acc, bias, layer_scale, drop_path, sample_rows, residual, residual_row, out, row, column, M, N, BLOCK_M, BLOCK_N
+    )  # fmt: skip
+
+
+@triton.jit
+def finish(
+    acc, bias, layer_scale, drop_path, sample_rows, residual, residual_row, out, row, column, M, N,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Store residual + drop_path * layer_scale * (acc + bias)."""
     i = tl.arange(0, BLOCK_M)[:, None]
     m = row + tl.arange(0, BLOCK_M)
     n = column + tl.arange(0, BLOCK_N)
@@ -98,3 +269,62 @@ def _product(
     acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
     at = out + tl.cast(row, tl.int64) * N + (i * N + n[None, :])
     tl.store(at, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _finish(
+    branch, bias, layer_scale, drop_path, sample_rows, residual, residual_row, out, M, N, columns,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) // columns * BLOCK_M
+    column = tl.program_id(0) % columns * BLOCK_N
+    i = tl.arange(0, BLOCK_M)[:, None]
+    n = column + tl.arange(0, BLOCK_N)[None, :]
+    at = branch + tl.cast(row, tl.int64) * N + (i * N + n)
+    acc = tl.load(at, mask=(row + i < M) & (n < N), other=0.0).to(tl.float32)
+    finish(
+        acc, bias, layer_scale, drop_path, sample_rows, residual, residual_row, out, row, column, M, N, BLOCK_M, BLOCK_N
+    )  # fmt: skip
+
+
+@triton.jit
+def _scale_rows(
+    grad, grad_row, drop_path, sample_rows, out, shares, M, N, columns, strips,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A program walks down a strip of rows.  shares (strips, N): the strips' sums of `out`."""
+    strip = tl.program_id(0) // columns
+    i = tl.arange(0, BLOCK_M)[:, None]
+    n = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for row in tl.range(strip * BLOCK_M, M, strips * BLOCK_M):
+        mask = (row + i < M) & (n[None, :] < N)
+        first = tl.cast(row, tl.int64)
+        g = tl.load(grad + first * grad_row + (i * grad_row + n[None, :]), mask=mask, other=0.0).to(tl.float32)
+        if drop_path is not None:
+            g *= tl.load(drop_path + (row + i) // sample_rows, mask=row + i < M, other=0.0).to(tl.float32)
+        total += tl.sum(g, 0)
+        tl.store(out + first * N + (i * N + n[None, :]), g.to(out.dtype.element_ty), mask=mask)
+    if shares is not None:
+        tl.store(shares + strip * N + n, total, mask=n < N)
+
+
+@triton.jit
+def _scale_backward(
+    product, total, weight, weight_row, bias, layer_scale, out, scale_grad, K, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    n = tl.program_id(0)
+    first = tl.cast(n, tl.int64)
+    scale = tl.load(layer_scale + n).to(tl.float32)
+    dot = tl.zeros([BLOCK_K], tl.float32)
+    for start in tl.range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        q = tl.load(product + first * K + k, mask=k < K, other=0.0)
+        if scale_grad is not None:
+            dot += q * tl.load(weight + first * weight_row + k, mask=k < K, other=0.0).to(tl.float32)
+        tl.store(out + first * K + k, (q * scale).to(out.dtype.element_ty), mask=k < K)
+    if scale_grad is not None:
+        gradient = tl.sum(dot, 0)
+        if bias is not None:
+            gradient += tl.load(bias + n).to(tl.float32) * tl.load(total + n)
+        tl.store(scale_grad + n, gradient)

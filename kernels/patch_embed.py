@@ -1,4 +1,4 @@
-"""patch_embed: normalise, cut into patches, project, add positions, write after the prefix tokens.
+"""patch_embed: normalise, cut into patches, project, add positions, write after the prefix tokens; and backward.
 
 Shapes: image (B, C, H, W) of any strides, weight (D, K) with K = C P1 P2 in the order (channel, y, x), out
 (B, R + N, D) with N = H / P1 * W / P2 patches and R prefix tokens.
@@ -9,6 +9,10 @@ passes: normalisation, transposition, concatenation, position.
 
 An implicit product: one program makes a tile of patches x features, reading pixels where they lie.  Programs beyond the
 last tile copy the prefix tokens, one for each sample.
+
+The backward needs the inputs alone.  The weight's gradient is a sum over B N patches, a pure product and cuBLAS's, for
+which `_unfold` writes the normalised patches (the image's size, once); an image's gradient, which hardly anybody asks
+for, is a product and a permutation.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from fastvit.kernels.launch import arch, compute_dtype, launch, precision
-from fastvit.kernels.product import tile_index
+from fastvit.kernels.product import tile_index, weight_gradient
 from torch import Tensor
 
 
@@ -63,6 +67,7 @@ _TILES = {
 
 _GROUP_M = 8
 _PREFIX_BLOCK = 1024
+_UNFOLD_BLOCK = 1024
 
 
 def patch_embed(
@@ -134,6 +139,91 @@ def _numbers(values: Sequence[float] | Tensor | None, default: float, count: int
     return (default,) * count if values is None else tuple(float(v) for v in values)
 
 
+def patch_embed_backward(
+    grad: Tensor,
+    image: Tensor,
+    weight: Tensor,
+    *,
+    prefix_rows: int,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of image, weight, bias, pos_embed and prefix, those that `needs` asks for, given that of the result.
+
+    Args:
+        grad: (B, R + N, D) with R = `prefix_rows`.
+        weight: (D, C, P1, P2) in the dtype that products run in.
+
+    Returns:
+        The sums over the batch in float32, the others in the dtype of `weight`.
+    """
+    need_image, need_weight, need_bias, need_pos, need_prefix = needs
+    dtype = weight.dtype
+    dim, channels, patch_h, patch_w = weight.shape
+    batch, _, height, width = image.shape
+    grid_h, grid_w = height // patch_h, width // patch_w
+    image_grad = weight_grad = bias_grad = pos_grad = prefix_grad = None
+    if need_prefix:
+        prefix_grad = grad[:, :prefix_rows].sum(0, dtype=torch.float32)
+    grad = grad[:, prefix_rows:]
+    if need_bias or need_pos:
+        pos_grad = grad.sum(0, dtype=torch.float32)
+        bias_grad = pos_grad.sum(0)
+    if need_image or need_weight:
+        grad = grad.reshape(-1, dim).to(dtype)
+    if need_weight:
+        weight_grad = weight_gradient(grad, unfold(image, patch_h, patch_w, mean, std, dtype), dtype).view(weight.shape)
+    if need_image:
+        patches = torch.mm(grad, weight.reshape(dim, -1))
+        if std is not None:
+            inverse = torch.tensor([1.0 / s for s in std], dtype=torch.float32, device=grad.device)
+            patches = (patches.view(-1, channels, patch_h * patch_w) * inverse[:, None]).to(dtype)
+        patches = patches.view(batch, grid_h, grid_w, channels, patch_h, patch_w)
+        image_grad = patches.permute(0, 3, 1, 4, 2, 5).reshape(image.shape)
+    return [image_grad, weight_grad, bias_grad, pos_grad, prefix_grad]
+
+
+def unfold(
+    image: Tensor,
+    patch_h: int,
+    patch_w: int,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The normalised patches (B N, C P1 P2) in `dtype`."""
+    batch, channels, height, width = image.shape
+    columns = width // patch_w
+    patches = height // patch_h * columns
+    k = channels * patch_h * patch_w
+    out = torch.empty(batch * patches, k, dtype=dtype, device=image.device)
+    scale = shift = None
+    if mean is not None or std is not None or not image.is_floating_point():
+        unit = 1.0 if image.is_floating_point() else 255.0
+        scale, shift = _channel_affine(_numbers(mean, 0.0, channels), _numbers(std, 1.0, channels), unit, image.device)
+    blocks = triton.cdiv(k, _UNFOLD_BLOCK)
+    launch(
+        _unfold,
+        batch * patches * blocks,
+        image,
+        *image.stride(),
+        scale,
+        shift,
+        out,
+        k,
+        patches,
+        columns,
+        blocks,
+        PATCH_H=patch_h,
+        PATCH_W=patch_w,
+        BLOCK=_UNFOLD_BLOCK,
+        num_warps=4,
+        num_stages=1,
+    )
+    return out
+
+
 @functools.lru_cache(maxsize=64)
 def _channel_affine(
     mean: tuple[float, ...], std: tuple[float, ...], unit: float, device: torch.device
@@ -199,3 +289,24 @@ def _product(
             mask = i < prefix_rows * N
             values = tl.load(prefix + i, mask=mask, other=0.0)
             tl.store(out + start_of_sample + i, values.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _unfold(
+    image, image_batch, image_channel, image_y, image_x, scale, shift, out, K, patches, columns, blocks,
+    PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    patch = tl.program_id(0) // blocks
+    k = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    place = patch % patches
+    corner = (patch // patches).to(tl.int64) * image_batch + (place // columns).to(tl.int64) * (PATCH_H * image_y)
+    corner += place % columns * (PATCH_W * image_x)
+    channel = k // (PATCH_H * PATCH_W)
+    y = k % (PATCH_H * PATCH_W) // PATCH_W
+    # Within one sample offsets fit 32 bits.
+    at = image + corner + (channel * image_channel + y * image_y + k % PATCH_W * image_x)
+    values = tl.load(at, mask=k < K, other=0).to(tl.float32)
+    if scale is not None:
+        factor = tl.load(scale + channel, mask=k < K, other=0.0)
+        values = tl.fma(values, factor, tl.load(shift + channel, mask=k < K, other=0.0))
+    tl.store(out + patch.to(tl.int64) * K + k, values.to(out.dtype.element_ty), mask=k < K)

@@ -1,11 +1,26 @@
-"""The main loop that norm_linear and linear_residual share: one tile of norm(x) @ weight.T, accumulated in float32."""
+"""The products that norm_linear, linear_residual and mlp share: tiles accumulated in float32, and pure products."""
 
 # ruff: noqa: SIM108 - a constant `if` of Triton's is no expression
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad.T @ x: (M, N), (M, K) -> (N, K), accumulated in float32 and rounded once, to `dtype`.
+
+    A pure product with nothing to fuse and M long sums in few tiles, which cuBLAS splits better than a tile loop.
+    """
+    grad = grad.t()
+    if dtype == x.dtype or torch.version.hip is not None:
+        return torch.mm(grad, x).to(dtype)
+    if grad.device.type == "cuda":
+        return torch.mm(grad, x, out_dtype=torch.float32).to(dtype)
+    return torch.mm(grad.float(), x.float()).to(dtype)
 
 
 @triton.jit
@@ -81,3 +96,38 @@ def tile_product(
         return acc, value
     else:
         return acc, acc
+
+
+@triton.jit
+def tile_product_transposed(
+    x, x_row, weight, weight_row, row, column, M, N, K,
+    EVEN_K: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Rows `row`.. of x (M, K) times columns `column`.. of weight (K, N): the gradient of a linear's input.
+
+    Rows beyond the last repeat the last and columns are zero: for the caller to leave out.
+    """
+    if ALIGN < 16:  # a common divisor of N, K and both strides
+        x_row = tl.multiple_of(x_row, ALIGN)
+        weight_row = tl.multiple_of(weight_row, ALIGN)
+        N = tl.multiple_of(N, ALIGN)
+        K = tl.multiple_of(K, ALIGN)
+    m = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - row)
+    n = column + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    x_at = x + tl.cast(row, tl.int64) * x_row + (m[:, None] * x_row + k[None, :])
+    weight_at = weight + (k[:, None] * weight_row + n[None, :])
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in tl.range(0, K, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(x_at)
+            b = tl.load(weight_at, mask=n[None, :] < N, other=0.0)
+        else:
+            inside = k < K - start
+            a = tl.load(x_at, mask=inside[None, :], other=0.0)
+            b = tl.load(weight_at, mask=inside[:, None] & (n[None, :] < N), other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        x_at += BLOCK_K
+        weight_at += BLOCK_K * tl.cast(weight_row, tl.int64)
+    return acc

@@ -21,6 +21,8 @@ _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _forced: ContextVar[str] = ContextVar("fastvit_backend", default="auto")
+# The same for torch.compile, which can't read a ContextVar, but guards on what a module holds.
+_traced = "auto"
 
 
 @contextlib.contextmanager
@@ -32,11 +34,14 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"name: {name!r} is not a backend; accepted: {', '.join(BACKENDS)}")
-    token = _forced.set(name)
+    global _traced
+    token, before = _forced.set(name), _traced
+    _traced = name
     try:
         yield
     finally:
         _forced.reset(token)
+        _traced = before
 
 
 def may_run(name: str) -> bool:
@@ -56,9 +61,11 @@ def extension() -> ModuleType | None:
         return None
 
 
-@functools.cache
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
 def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def choose(x: Tensor, compute: torch.dtype, *others: Tensor | None) -> str:
@@ -93,9 +100,27 @@ def _triton_serves(x: Tensor, compute: torch.dtype) -> bool:
     return has_triton() and compute in _TRITON_DTYPES and x.device.type in ("cuda", "cpu")
 
 
-def triton_kernel(name: str) -> Any:
-    """The host launcher `fastvit.kernels.<name>.<name>`."""
-    return getattr(importlib.import_module(f"fastvit.kernels.{name}"), name)
+def differentiates(x: Tensor, compute: torch.dtype) -> bool:
+    """Does an operator whose products run in `compute` have Triton's backward?  Elsewhere the reference is recomputed.
+
+    Asks only what torch.compile can trace.
+    """
+    forced = _traced if torch.compiler.is_compiling() else _forced.get()
+    return (x.is_cuda if forced == "auto" else forced == "triton") and x.numel() > 0 and _triton_serves(x, compute)
+
+
+def trains(x: Tensor, compute: torch.dtype, arguments: tuple[Any, ...]) -> bool:
+    """Will `arguments` be differentiated, and by Triton's backward?"""
+    return (
+        torch.is_grad_enabled()
+        and any(a.requires_grad for a in arguments if isinstance(a, Tensor))
+        and differentiates(x, compute)
+    )
+
+
+def triton_kernel(name: str, function: str | None = None) -> Any:
+    """The host launcher `fastvit.kernels.<name>.<function>`; of the operator's own name unless told otherwise."""
+    return getattr(importlib.import_module(f"fastvit.kernels.{name}"), function or name)
 
 
 def code(dtype: torch.dtype) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastvit import reference
 from fastvit.ops import _backend, _checks, _int8
-from fastvit.ops._library import autocast_dtype, in_dtype, register
+from fastvit.ops._library import as_gradients, autocast_dtype, define, gradients_like, in_dtype, register, spread
 
 
 def linear_residual(
@@ -152,10 +155,62 @@ def _reference(
         )
 
 
+def _backward_kernel(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_path: Tensor | None,
+    dtype: torch.dtype | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """needs: of x, weight, bias and layer_scale, whose gradients come in this order."""
+    compute = dtype or x.dtype
+    with torch.autocast(x.device.type, enabled=False):
+        grads = _backend.triton_kernel("linear_residual", "linear_residual_backward")(
+            grad,
+            x.to(compute),
+            weight.to(compute),
+            None if bias is None else bias.to(compute),
+            layer_scale=layer_scale,
+            drop_path=drop_path,
+            needs=needs,
+        )
+        return as_gradients(grads, (x, weight, bias, layer_scale), needs)
+
+
+def _backward_fake(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    return gradients_like(arguments[:4], arguments[-1])
+
+
+_backward_op = define(
+    "linear_residual_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? layer_scale, "
+    "Tensor? drop_path, ScalarType? dtype, bool[] needs) -> Tensor[]",
+    kernel=_backward_kernel,
+    fake=_backward_fake,
+)
+
+
+def _backward(saved: tuple[Any, ...], grad: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None] | None:
+    # Straight through the quantisation, as if there were none.
+    x, weight, bias, _, layer_scale, drop_path, dtype, _ = saved
+    # A gradient of drop_path, which is drawn at random, is nobody's: it would need the branch itself.
+    if needs[5] or grad.numel() == 0 or not _backend.differentiates(x, dtype or x.dtype):
+        return None
+    wanted = (*needs[:3], needs[4])
+    x_grad = weight_grad = bias_grad = scale_grad = None
+    if any(wanted):
+        grads = _backward_op(grad, x, weight, bias, layer_scale, drop_path, dtype, wanted)
+        x_grad, weight_grad, bias_grad, scale_grad = spread(grads, wanted)
+    return [x_grad, weight_grad, bias_grad, grad if needs[3] else None, scale_grad, None, None, None]
+
+
 _op = register(
     "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? layer_scale, Tensor? drop_path, "
     "ScalarType? dtype, str? quantize) -> Tensor",
     kernel=kernel,
     fake=_output,
     reference=_reference,
+    backward=_backward,
 )

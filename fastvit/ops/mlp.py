@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fastvit import reference
 from fastvit.ops import _backend, _checks, _int8
-from fastvit.ops._library import autocast_dtype, in_dtype, register
+from fastvit.ops._library import as_gradients, autocast_dtype, define, gradients_like, in_dtype, register, spread
 from fastvit.ops.linear_residual import kernel as linear_residual_kernel
 from fastvit.ops.norm_linear import kernel as norm_linear_kernel
 
@@ -69,7 +69,8 @@ def mlp(
             drop_path=drop_path,
             quantize=quantize,
         )
-    return _op(
+    dtype, pair = autocast_dtype(x), _checks.quantize_pair(quantize, "(fc1, fc2)")
+    arguments = (
         x,
         fc1_weight,
         fc1_bias,
@@ -82,9 +83,12 @@ def mlp(
         activation,
         layer_scale,
         drop_path,
-        autocast_dtype(x),
-        *_checks.quantize_pair(quantize, "(fc1, fc2)"),
+        dtype,
+        *pair,
     )
+    if pair == (None, None) and _backend.trains(x, dtype or x.dtype, arguments):
+        return _training_op(*arguments)[0]
+    return _op(*arguments)
 
 
 class _Arguments(NamedTuple):
@@ -183,11 +187,90 @@ def _reference(*arguments: Any) -> Tensor:
         return reference.mlp(**values)
 
 
-_op = register(
-    "mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? norm_weight, "
+def _composed(*arguments: Any) -> Tensor:
+    """What the backward of `mlp` itself recomputes: with kernels where there are any, else the reference."""
+    a = _Arguments(*arguments)
+    if not _backend.differentiates(a.x, a.dtype or a.x.dtype):
+        return _reference(*arguments)
+    return _training_op(*arguments)[0]
+
+
+def _training_output(*arguments: Any) -> tuple[Tensor, Tensor]:
+    a = _Arguments(*arguments)
+    dtype = a.dtype or a.x.dtype
+    shape = (a.x.shape[:-1].numel(), a.fc1_weight.shape[0]) if _backend.differentiates(a.x, dtype) else (0,)
+    return _output(*arguments), a.x.new_empty(shape, dtype=dtype)
+
+
+def _training_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The result, and what the activation was applied to, for the backward."""
+    a = _Arguments(*arguments)
+    if not _backend.differentiates(a.x, a.dtype or a.x.dtype):
+        return _kernel(*arguments), a.x.new_empty(0, dtype=a.dtype or a.x.dtype)
+    _output(*arguments)
+    return _backend.triton_kernel("mlp")(**_lowered(a), fc1_bias=_to(a.fc1_bias, a.dtype))
+
+
+def _to(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    return t if t is None or dtype is None else t.to(dtype)
+
+
+def _lowered(a: _Arguments) -> dict[str, Any]:
+    """What the launchers share, with the products' operands in their dtype."""
+    arguments = a._asdict()
+    for name in ("fc1_bias", "dtype", "quantize_fc1", "quantize_fc2"):
+        del arguments[name]
+    for name in ("fc1_weight", "fc2_weight", "fc2_bias"):
+        arguments[name] = _to(arguments[name], a.dtype)
+    return arguments
+
+
+# The arguments that may need a gradient, in the order of mlp_backward's results.
+_DIFFERENTIABLE = (*_Arguments._fields[:7], "layer_scale")
+
+
+def _backward_kernel(grad: Tensor, pre: Tensor, *arguments: Any) -> list[Tensor]:
+    """The last argument, `needs`: of _DIFFERENTIABLE, in that order."""
+    *rest, needs = arguments
+    a = _Arguments(*rest)
+    with torch.autocast(a.x.device.type, enabled=False):
+        grads = _backend.triton_kernel("mlp", "mlp_backward")(grad, pre, **_lowered(a), needs=needs)
+        return as_gradients(grads, [getattr(a, name) for name in _DIFFERENTIABLE], needs)
+
+
+def _backward_fake(grad: Tensor, pre: Tensor, *arguments: Any) -> list[Tensor]:
+    *rest, needs = arguments
+    return gradients_like([getattr(_Arguments(*rest), name) for name in _DIFFERENTIABLE], needs)
+
+
+def _backward(saved: tuple[Any, ...], grad: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None] | None:
+    *arguments, pre = saved
+    wants = dict(zip(_Arguments._fields, needs, strict=True))
+    if pre.numel() == 0 or wants["drop_path"]:
+        return None
+    wanted = [wants[name] for name in _DIFFERENTIABLE]
+    if not any(wanted):
+        return [None] * len(needs)
+    grads = dict(zip(_DIFFERENTIABLE, spread(_backward_op(grad, pre, *arguments, wanted), wanted), strict=True))
+    return [grads.get(name) for name in _Arguments._fields]
+
+
+_ARGUMENTS = (
+    "Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? norm_weight, "
     "Tensor? norm_bias, str norm, float eps, str activation, Tensor? layer_scale, Tensor? drop_path, "
-    "ScalarType? dtype, str? quantize_fc1, str? quantize_fc2) -> Tensor",
-    kernel=_kernel,
-    fake=_output,
+    "ScalarType? dtype, str? quantize_fc1, str? quantize_fc2"
+)
+_op = register(f"mlp({_ARGUMENTS}) -> Tensor", kernel=_kernel, fake=_output, reference=_composed)
+_training_op = register(
+    f"mlp_training({_ARGUMENTS}) -> (Tensor, Tensor)",
+    kernel=_training_kernel,
+    fake=_training_output,
     reference=_reference,
+    backward=_backward,
+    save=lambda arguments, result: (result[1],),
+)
+_backward_op = define(
+    f"mlp_backward(Tensor grad, Tensor pre, {_ARGUMENTS}, bool[] needs) -> Tensor[]",
+    kernel=_backward_kernel,
+    fake=_backward_fake,
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastvit import reference
 from fastvit.ops import _backend, _checks, _int8
-from fastvit.ops._library import autocast_dtype, in_dtype, register
+from fastvit.ops._library import as_gradients, autocast_dtype, define, gradients_like, in_dtype, register, spread
 
 
 def norm_linear(
@@ -182,10 +185,63 @@ def _reference(
         )
 
 
+def _backward_kernel(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm: str,
+    eps: float,
+    activation: str,
+    dtype: torch.dtype | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """needs: of x, weight, bias, norm_weight and norm_bias, whose gradients come in this order."""
+    compute = dtype or x.dtype
+    with torch.autocast(x.device.type, enabled=False):
+        grads = _backend.triton_kernel("norm_linear", "norm_linear_backward")(
+            grad,
+            x,
+            weight.to(compute),
+            None if bias is None else bias.to(compute),
+            norm=norm,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            eps=eps,
+            activation=activation,
+            needs=needs,
+        )
+        return as_gradients(grads, (x, weight, bias, norm_weight, norm_bias), needs)
+
+
+def _backward_fake(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    return gradients_like(arguments[:5], arguments[-1])
+
+
+_backward_op = define(
+    "norm_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
+    "str norm, float eps, str activation, ScalarType? dtype, bool[] needs) -> Tensor[]",
+    kernel=_backward_kernel,
+    fake=_backward_fake,
+)
+
+
+def _backward(saved: tuple[Any, ...], grad: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None] | None:
+    # Straight through the quantisation, as if there were none.
+    *arguments, dtype, _ = saved
+    x = arguments[0]
+    if not _backend.differentiates(x, dtype or x.dtype) or grad.numel() == 0:
+        return None
+    return [*spread(_backward_op(grad, *arguments, dtype, needs[:5]), needs[:5]), *[None] * 5]
+
+
 _op = register(
     "norm_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, str norm, float eps, "
     "str activation, ScalarType? dtype, str? quantize) -> Tensor",
     kernel=kernel,
     fake=_output,
     reference=_reference,
+    backward=_backward,
 )

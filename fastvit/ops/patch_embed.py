@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fastvit import reference
 from fastvit.ops import _backend, _checks
-from fastvit.ops._library import autocast_dtype, in_dtype, register
+from fastvit.ops._library import as_gradients, autocast_dtype, define, gradients_like, in_dtype, register, spread
 
 LAYOUTS = ("NCHW", "NHWC")
 
@@ -206,10 +207,56 @@ def _reference(
         return tokens.to(dtype or weight.dtype)
 
 
+def _backward_kernel(
+    grad: Tensor,
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix: Tensor | None,
+    mean: list[float] | None,
+    std: list[float] | None,
+    dtype: torch.dtype | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """needs: of image, weight, bias, pos_embed and prefix, whose gradients come in this order."""
+    with torch.autocast(weight.device.type, enabled=False):
+        grads = _backend.triton_kernel("patch_embed", "patch_embed_backward")(
+            grad,
+            image.to(dtype) if dtype is not None and image.is_floating_point() else image,
+            weight.to(dtype or weight.dtype),
+            prefix_rows=0 if prefix is None else prefix.shape[0],
+            mean=mean,
+            std=std,
+            needs=needs,
+        )
+        return as_gradients(grads, (image, weight, bias, pos_embed, prefix), needs)
+
+
+def _backward_fake(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    return gradients_like(arguments[:5], arguments[-1])
+
+
+_backward_op = define(
+    "patch_embed_backward(Tensor grad, Tensor image, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, "
+    "float[]? mean, float[]? std, ScalarType? dtype, bool[] needs) -> Tensor[]",
+    kernel=_backward_kernel,
+    fake=_backward_fake,
+)
+
+
+def _backward(saved: tuple[Any, ...], grad: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None] | None:
+    image, weight, dtype = saved[0], saved[1], saved[-1]
+    if image.numel() == 0 or grad.numel() == 0 or not _backend.differentiates(weight, dtype or weight.dtype):
+        return None
+    return [*spread(_backward_op(grad, *saved, needs[:5]), needs[:5]), None, None, None]
+
+
 _op = register(
     "patch_embed(Tensor image, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, float[]? mean, "
     "float[]? std, ScalarType? dtype, str layout) -> Tensor",
     kernel=_kernel,
     fake=_output,
     reference=_reference,
+    backward=_backward,
 )

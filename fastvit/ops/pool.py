@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastvit import reference
 from fastvit.ops import _backend, _checks
-from fastvit.ops._library import autocast_dtype, in_dtype, register
+from fastvit.ops._library import as_gradients, autocast_dtype, define, gradients_like, in_dtype, register, spread
 
 
 def pool(
@@ -175,10 +178,67 @@ def _reference(
         )
 
 
+def _backward_kernel(
+    grad: Tensor,
+    x: Tensor,
+    mode: str,
+    num_prefix_tokens: int,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """needs: of x, norm_weight, norm_bias, weight and bias, whose gradients come in this order."""
+    with torch.autocast(x.device.type, enabled=False):
+        grads = _backend.triton_kernel("pool", "pool_backward")(
+            grad,
+            x,
+            mode=mode,
+            num_prefix_tokens=num_prefix_tokens,
+            norm=norm,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            eps=eps,
+            weight=None if weight is None else weight.to(dtype or x.dtype),
+            needs=needs,
+        )
+        return as_gradients(grads, (x, norm_weight, norm_bias, weight, bias), needs)
+
+
+# Where the operator's arguments have x, norm_weight, norm_bias, weight and bias.
+_DIFFERENTIABLE = (0, 4, 5, 7, 8)
+
+
+def _backward_fake(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    return gradients_like([arguments[i] for i in _DIFFERENTIABLE], arguments[-1])
+
+
+_backward_op = define(
+    "pool_backward(Tensor grad, Tensor x, str mode, int num_prefix_tokens, str norm, Tensor? norm_weight, "
+    "Tensor? norm_bias, float eps, Tensor? weight, Tensor? bias, ScalarType? dtype, bool[] needs) -> Tensor[]",
+    kernel=_backward_kernel,
+    fake=_backward_fake,
+)
+
+
+def _backward(saved: tuple[Any, ...], grad: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None] | None:
+    x, dtype = saved[0], saved[-1]
+    if not _backend.differentiates(x, dtype or x.dtype) or grad.numel() == 0:
+        return None
+    wanted = [needs[i] for i in _DIFFERENTIABLE]
+    grads = dict(zip(_DIFFERENTIABLE, spread(_backward_op(grad, *saved, wanted), wanted), strict=True))
+    return [grads.get(i) for i in range(len(needs))]
+
+
 _op = register(
     "pool(Tensor x, str mode, int num_prefix_tokens, str norm, Tensor? norm_weight, Tensor? norm_bias, float eps, "
     "Tensor? weight, Tensor? bias, ScalarType? dtype) -> Tensor",
     kernel=_kernel,
     fake=_output,
     reference=_reference,
+    backward=_backward,
 )

@@ -11,9 +11,12 @@ from torch.overrides import handle_torch_function, has_torch_function
 from fastvit import reference
 from fastvit.ops import _backend, _checks, _int8
 from fastvit.ops._library import autocast_dtype, in_dtype, register
+from fastvit.ops.attention import attention
 from fastvit.ops.attention import kernel as attention_kernel
 from fastvit.ops.linear_residual import kernel as linear_residual_kernel
+from fastvit.ops.linear_residual import linear_residual
 from fastvit.ops.norm_linear import kernel as norm_linear_kernel
+from fastvit.ops.norm_linear import norm_linear
 
 # Bytes of q, k, v and heads of one sample, beyond which a thread should not keep them for good.
 MOST_SCRATCH = 64 << 20
@@ -93,7 +96,8 @@ def self_attention(
         raise ValueError("qkv_bias: a tuple of three, but qkv_weight is one packed tensor; give both in one form")
     if scale is None:
         scale = (proj_weight.shape[-1] // max(num_heads, 1)) ** -0.5 if proj_weight.numel() else 1.0
-    return _op(
+    dtype, pair = autocast_dtype(x), _checks.quantize_pair(quantize, "(qkv, proj)")
+    arguments = (
         x,
         *(t for pair in zip(weights, biases, strict=True) for t in pair),
         proj_weight,
@@ -107,9 +111,13 @@ def self_attention(
         eps,
         layer_scale,
         drop_path,
-        autocast_dtype(x),
-        *_checks.quantize_pair(quantize, "(qkv, proj)"),
+        dtype,
+        *pair,
     )
+    if pair == (None, None) and _backend.trains(x, dtype or x.dtype, arguments):
+        _output(*arguments)
+        return _differentiable(*arguments)
+    return _op(*arguments)
 
 
 class _Arguments(NamedTuple):
@@ -246,6 +254,28 @@ def _composed(a: _Arguments) -> Tensor:
     return linear_residual_kernel(heads, a.proj_weight, a.proj_bias, *ends)
 
 
+def _differentiable(*arguments: Any) -> Tensor:
+    """By operators that keep q, k, v and heads for backwards of their own."""
+    a = _Arguments(*arguments)
+    norm: dict[str, Any] = {"norm": a.norm, "norm_weight": a.norm_weight, "norm_bias": a.norm_bias, "eps": a.eps}
+    with in_dtype(a.dtype, a.x.device):
+        projected = [norm_linear(a.x, weight, bias, **norm) for _, weight, bias in a.projections()]
+        if len(projected) == 1:
+            q, k, v = projected[0].unflatten(-1, (3, a.num_heads, -1)).unbind(2)
+        else:
+            q, k, v = (t.unflatten(-1, (a.num_heads, -1)) for t in projected)
+        heads = attention(q, k, v, scale=a.scale, bias=a.bias)
+        return linear_residual(
+            heads, a.proj_weight, a.proj_bias, residual=a.x, layer_scale=a.layer_scale, drop_path=a.drop_path
+        )
+
+
+def _recomputed(*arguments: Any) -> Tensor:
+    """What the backward of `self_attention` itself recomputes: with kernels where there are any, else the reference."""
+    a = _Arguments(*arguments)
+    return (_differentiable if _backend.differentiates(a.x, a.dtype or a.x.dtype) else _reference)(*arguments)
+
+
 def _reference(*arguments: Any) -> Tensor:
     a = _Arguments(*arguments)
     projections = a.projections()
@@ -276,5 +306,5 @@ _op = register(
     "ScalarType? dtype, str? quantize_qkv, str? quantize_proj) -> Tensor",
     kernel=_kernel,
     fake=_output,
-    reference=_reference,
+    reference=_recomputed,
 )

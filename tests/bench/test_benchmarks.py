@@ -321,6 +321,19 @@ def test_the_gpu_script_runs_dry(tmp_path):
     assert json.loads((tmp_path / "gpu.json").read_text()) == record
 
 
+def test_tuning_runs_dry(tmp_path):
+    pytest.importorskip("triton")
+    path = tmp_path / "choices.json"
+    command = [sys.executable, "-m", "benchmarks.tune", "--dry-run", "--output", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "failed" not in done.stdout and "wrong" not in done.stdout
+    for schedule in ("normalising", "folded", "persistent", "product", "cublas"):
+        assert schedule in done.stdout
+    measured = json.loads(path.read_text())["sm90"]
+    assert [list(buckets) for buckets in measured.values()] == [["6"], ["6"]]
+
+
 def test_a_failing_gpu_step_is_recorded_and_the_next_one_runs(tmp_path):
     run = gpu.Run("cpu", torch.float32, time.time() + 60, tmp_path / "gpu.json", True, False, {"steps": {}})
 

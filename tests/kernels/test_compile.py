@@ -34,7 +34,7 @@ def describe(rows: list[dict]) -> str:
 def test_everything_compiles(compiled: dict) -> None:
     assert not compiled["failures"], "\n".join(compiled["failures"])
     kernels = {(r["arch"], r["operator"]) for r in compiled["resources"]}
-    operators = ("attention", "norm_linear", "linear_residual", "patch_embed", "pool")
+    operators = ("attention", "norm_linear", "linear_residual", "mlp", "patch_embed", "pool")
     assert kernels == {(arch, operator) for arch in PRODUCT for operator in operators}
 
 
@@ -54,7 +54,11 @@ def test_shared_memory_fits(compiled: dict) -> None:
 
 def test_products_use_the_tensor_cores_meant(compiled: dict) -> None:
     """A tile of fewer than 64 rows is below what wgmma and tcgen05 take, and runs as mma."""
-    products = [r for r in compiled["resources"] if r["kernel"] in ("_product", "_short", "_long")]
+    products = [
+        r
+        for r in compiled["resources"]
+        if r["kernel"] in ("_product", "_persistent", "_hidden_gradient", "_short", "_long")
+    ]
     low = [r for r in products if r["dtype"] in ("bf16", "fp16")]
     wrong = [
         r
@@ -62,4 +66,11 @@ def test_products_use_the_tensor_cores_meant(compiled: dict) -> None:
         if not r["mma" if r["arch"] != "gfx942" and "BLOCK_M=16 " in r["config"] + " " else PRODUCT[r["arch"]]]
     ]
     assert len(low) > 0
+    assert not wrong, describe(wrong)
+
+
+def test_persistent_products_are_specialised_and_fed_by_tma(compiled: dict) -> None:
+    persistent = [r for r in compiled["resources"] if r["kernel"] == "_persistent"]
+    assert {r["arch"] for r in persistent} == {"sm90"}
+    wrong = [r for r in persistent if not (r["wgmma"] and r["tma"] and r["setmaxreg"])]
     assert not wrong, describe(wrong)

@@ -3,10 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fastvit.kernels.linear_residual import linear_residual
+from fastvit.kernels import choices
+from fastvit.kernels.linear_residual import linear_residual, linear_residual_backward
 from torch import Tensor
 
 from tests import nasty
+from tests.kernels.gradients import assert_gradients, seed
 from tests.tolerances import assert_close
 
 
@@ -93,3 +95,63 @@ def test_strides(device: torch.device, layout: str) -> None:
 
 def test_the_tile_of_large_batches(device: torch.device) -> None:
     check(device, (1, 2049, 32), 40, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("without", [(), ("bias", "layer_scale", "drop_path")])
+def test_by_cublas(device: torch.device, without: tuple[str, ...], dtype: torch.dtype) -> None:
+    with choices.force("cublas"):
+        check(device, (3, 50, 96), 72, dtype, without=without)
+        check(device, (2, 20, 33), 300, torch.bfloat16, layout="sliced")
+        check(device, (2, 20, 33), 300, torch.bfloat16, residual_dtype=torch.float32)  # not by cuBLAS
+
+
+NAMES = ("x", "weight", "bias", "layer_scale")
+
+
+def check_backward(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    shape: tuple[int, ...] = (3, 37, 96),
+    features: int = 72,
+    residual_dtype: torch.dtype | None = None,
+    without: tuple[str, ...] = (),
+    needs: tuple[str, ...] = NAMES,
+) -> None:
+    residual = nasty.tokens(*shape[:-1], features, seed=7).to(residual_dtype or dtype)
+    tensors = {
+        "x": nasty.tokens(*shape),
+        "weight": nasty.weight(features, shape[-1]),
+        "bias": nasty.vector(features),
+        "layer_scale": nasty.vector(features, 3),
+    }
+    tensors = {name: None if name in without else t.to(dtype) for name, t in tensors.items()}
+    drop_path = None if "drop_path" in without else torch.tensor([0.0, 1.25, 1.25, 0.0, 1.25])[: shape[0]].to(dtype)
+    grad = seed(*residual.shape).to(residual.dtype)
+    moved = {name: None if t is None else t.to(device) for name, t in tensors.items()}
+    wanted = [name in needs and tensors[name] is not None for name in NAMES]
+    results = linear_residual_backward(
+        grad.to(device), **moved, drop_path=None if drop_path is None else drop_path.to(device), needs=wanted
+    )
+    actual = {name: g if want else None for name, g, want in zip(NAMES, results, wanted, strict=True)}
+    assert all((actual[name] is not None) == want for name, want in zip(NAMES, wanted, strict=True))
+    assert_gradients(actual, plain, tensors, grad, residual=residual, drop_path=drop_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("without", [(), ("layer_scale",), ("drop_path",), ("bias",), NAMES[2:], ("drop_path", "bias")])
+def test_backward(device: torch.device, without: tuple[str, ...], dtype: torch.dtype) -> None:
+    check_backward(device, dtype, without=without)
+
+
+def test_backward_with_a_residual_stream_in_float32(device: torch.device) -> None:
+    for without in ((), ("drop_path",)):
+        check_backward(device, torch.bfloat16, residual_dtype=torch.float32, without=without)
+
+
+def test_backward_gives_what_is_needed(device: torch.device) -> None:
+    for name in NAMES:
+        check_backward(device, torch.float32, needs=(name,), shape=(5, 97), features=33)
+    for name in NAMES[:3]:
+        check_backward(device, torch.float32, needs=(name,), without=("layer_scale",))

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
-from fastvit.kernels.norm_linear import norm_linear
+from fastvit.kernels import choices
+from fastvit.kernels import norm_linear as kernel
+from fastvit.kernels.launch import record
+from fastvit.kernels.norm_linear import norm_linear, norm_linear_backward
 from torch import Tensor
 
 from tests import nasty
+from tests.kernels.gradients import assert_gradients, seed
 from tests.tolerances import FLOAT32, assert_close, relative_l2
 
 ACTIVATIONS = {
@@ -163,3 +169,137 @@ def test_float32_follows_torch_matmul_precision(device: torch.device) -> None:
         torch.set_float32_matmul_precision(before)
     # The interpreter has no tf32: there the other tile must still be right.
     assert relative_l2(result, truth) <= (1e-3 if device.type == "cuda" else FLOAT32)
+
+
+@pytest.fixture(params=["folded", "persistent", "cublas"])
+def schedule(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every product in the test that can runs by this schedule, however few its rows."""
+    with choices.force(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_by(device: torch.device, schedule: str, activation: str) -> None:
+    check(device, nasty.tokens(150, 96), 72, torch.bfloat16, activation=activation)
+
+
+@pytest.mark.parametrize("offset", [10.0, 99.0])
+def test_mean_far_above_deviation_by(device: torch.device, schedule: str, offset: float) -> None:
+    """Folded, the mean cancels because the sums are those of the rounded weight."""
+    check(device, nasty.tokens(70, 192, offset=offset, massive=0), 64, torch.bfloat16)
+
+
+def test_variants_by(device: torch.device, schedule: str) -> None:
+    check(device, nasty.tokens(3, 30, 96), 136, torch.bfloat16, norm="rms", activation="gelu")
+    check(device, nasty.tokens(70, 64), 24, torch.bfloat16, affine=False, bias=False)
+    check(device, nasty.tokens(70, 98), 33, torch.bfloat16, activation="swiglu")  # no multiple of 16 bytes
+    check(device, nasty.tokens(70, 80), 32, torch.bfloat16, layout="sliced")
+    check(device, nasty.tokens(50, 64), 40, torch.float32, activation="gelu")  # not folded, but cuBLAS may run it
+    check(device, nasty.tokens(50, 64), 40, torch.float16, norm="none")
+
+
+def test_a_changed_parameter_is_seen_by(device: torch.device, schedule: str) -> None:
+    """Nothing derived from a weight is kept."""
+    x, weight, gamma = nasty.tokens(70, 64).bfloat16(), nasty.weight(48, 64).bfloat16(), nasty.vector(64, 3, mean=1.0)
+    x, weight, gamma = (t.to(device) for t in (x, weight, gamma.bfloat16()))
+    before = norm_linear(x, weight, norm_weight=gamma)
+    weight.data.neg_()
+    gamma.data.mul_(2.0)
+    assert torch.equal(norm_linear(x, weight, norm_weight=gamma), -2 * before)
+
+
+def test_which_schedule_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By rows where nothing was measured, by what was measured where that can run."""
+
+    def chosen(m: int, k: int, dtype: torch.dtype, *, stride: int | None = None, norm: str = "layer") -> str:
+        x = torch.empty_strided((m, k), (stride or k, 1), dtype=dtype, device="meta")
+        with record("sm90"):
+            return kernel._schedule(x, torch.empty(64, k, dtype=dtype, device="meta"), norm, "gelu", False)
+
+    low = torch.bfloat16
+    monkeypatch.setattr(choices, "table", dict)
+    assert [chosen(m, 768, low) for m in (197, 6304, 50432)] == ["normalising", "folded", "persistent"]
+    assert chosen(50432, 588, low) == chosen(50432, 768, low, stride=770) == "folded"
+    assert chosen(50432, 768, torch.float16) == chosen(50432, 768, torch.float32) == "normalising"
+    assert chosen(50432, 768, low, norm="none") == "normalising"
+
+    name = choices.key("norm_linear", low, "layer gelu", 64, 768)
+    monkeypatch.setattr(choices, "table", lambda: {"sm90": {name: {"16": "cublas", "8": "persistent"}}})
+    assert [chosen(m, 768, low) for m in (197, 6304, 40000, 50432)] == ["persistent", "folded", "cublas", "cublas"]
+    assert chosen(197, 768, low, stride=770) == "normalising"
+    assert chosen(50432, 760, low) == "persistent"
+
+
+NAMES = ("x", "weight", "bias", "norm_weight", "norm_bias")
+
+
+def check_backward(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    shape: tuple[int, ...] = (2, 37, 64),
+    features: int = 72,
+    norm: str = "layer",
+    activation: str = "none",
+    without: tuple[str, ...] = (),
+    needs: tuple[str, ...] = NAMES,
+) -> None:
+    k = shape[-1]
+    tensors = {
+        "x": nasty.tokens(*shape),
+        "weight": nasty.weight(2 * features if activation == "swiglu" else features, k),
+        "bias": nasty.vector(2 * features if activation == "swiglu" else features),
+        "norm_weight": None if norm == "none" else nasty.vector(k, 3, mean=1.0),
+        "norm_bias": nasty.vector(k, 4) if norm == "layer" else None,
+    }
+    tensors = {name: None if t is None or name in without else t.to(dtype) for name, t in tensors.items()}
+    grad = seed(*shape[:-1], features).to(dtype)
+    options = {"norm": norm, "eps": 1e-5, "activation": activation}
+    moved = {name: None if t is None else t.to(device) for name, t in tensors.items()}
+    wanted = [name in needs and tensors[name] is not None for name in NAMES]
+    results = norm_linear_backward(grad.to(device), **moved, **options, needs=wanted)
+    actual = {name: g if want else None for name, g, want in zip(NAMES, results, wanted, strict=True)}
+    assert all((actual[name] is not None) == want for name, want in zip(NAMES, wanted, strict=True))
+    assert_gradients(actual, plain, tensors, grad, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_backward_of_activations(device: torch.device, activation: str, dtype: torch.dtype) -> None:
+    check_backward(device, dtype, activation=activation)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", ["none", "rms"])
+def test_backward_of_norms(device: torch.device, norm: str, dtype: torch.dtype) -> None:
+    check_backward(device, dtype, norm=norm, shape=(50, 97), features=33)
+    check_backward(device, dtype, norm=norm, activation="gelu", shape=(5, 96))
+
+
+def test_backward_gives_what_is_needed(device: torch.device) -> None:
+    for name in NAMES:
+        check_backward(device, torch.float32, needs=(name,), activation="gelu")
+        check_backward(device, torch.float32, needs=(name,))
+    check_backward(device, torch.float32, without=("bias", "norm_weight", "norm_bias"), activation="swiglu")
+
+
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a not in ("none", "swiglu")])
+def test_derivative_everywhere(device: torch.device, activation: str) -> None:
+    """The whole range of a derivative, tails included; in float32 its cancellation costs eager as much."""
+    y = torch.cat([torch.linspace(-12, 12, 1200), torch.tensor([-1000.0, -50.0, 50.0, 1000.0])])[:, None]
+    one = torch.ones(1, 1)
+    for dtype, limit in ((torch.float32, 2e-6), (torch.float16, 3e-4)):
+        x, weight, grad = y.to(dtype), one.to(dtype), torch.ones_like(y).to(dtype)
+        options = {"norm": "none", "norm_weight": None, "norm_bias": None, "eps": 0.0, "activation": activation}
+        result = norm_linear_backward(
+            grad.to(device),
+            x.to(device),
+            weight.to(device),
+            None,
+            **options,
+            needs=(True, False, False, False, False),
+        )[0].cpu()
+        leaf = x.double().requires_grad_()
+        truth = torch.autograd.grad(ACTIVATIONS[activation](leaf).sum(), leaf)[0]
+        rounding = (truth.to(dtype).double() - truth).abs()
+        assert ((result.double() - truth).abs() <= limit + 2 * rounding + 2e-7 * truth.abs()).all()
