@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,46 +14,85 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("fastvit", "DEF")
 
 
-def register(
-    schema: str,
-    *,
-    kernel: Callable[..., Tensor],
-    fake: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
-) -> Any:
-    """Define `fastvit::<name>` and return its default overload.
+def define(schema: str, *, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define `fastvit::<name>` without a backward, as backward operators are, and return its default overload.
 
-    kernel: checks its arguments, chooses a backend, computes.  Used on every device.
-    fake: checks its arguments, returns an empty tensor of the right shape and dtype.
-    reference: same arguments in differentiable torch; the backward recomputes it from the saved inputs.
+    kernel: computes.  Used on every device.
+    fake: returns empty tensors of the right shape and dtype.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastvit::{name}", fake, lib=_LIBRARY)
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
-        ctx.arguments = tuple(None if isinstance(a, Tensor) else a for a in inputs)
-        ctx.is_tensor = tuple(isinstance(a, Tensor) for a in inputs)
-
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        arguments = [
-            next(saved).detach().requires_grad_(needs) if is_tensor else argument
-            for argument, is_tensor, needs in zip(ctx.arguments, ctx.is_tensor, ctx.needs_input_grad, strict=True)
-        ]
-        wanted = [i for i, needs in enumerate(ctx.needs_input_grad) if needs]
-        with torch.enable_grad():
-            output = reference(*arguments)
-        grads = torch.autograd.grad(output, [arguments[i] for i in wanted], grad, allow_unused=True)
-        result: list[Tensor | None] = [None] * len(arguments)
-        for i, g in zip(wanted, grads, strict=True):
-            result[i] = g
-        return tuple(result)
-
-    torch.library.register_autograd(f"fastvit::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     return getattr(torch.ops.fastvit, name).default
+
+
+def register(
+    schema: str,
+    *,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    reference: Callable[..., Tensor],
+    backward: Callable[[tuple[Any, ...], Tensor, tuple[bool, ...]], Sequence[Tensor | None] | None] | None = None,
+    save: Callable[[tuple[Any, ...], Any], tuple[Tensor, ...]] | None = None,
+) -> Any:
+    """Define `fastvit::<name>` and return its default overload.
+
+    Of several results the first is differentiable; the others are what a kernel leaves for its backward.
+
+    kernel: checks its arguments, chooses a backend, computes.  Used on every device.
+    fake: checks its arguments, returns an empty tensor of the right shape and dtype.
+    reference: same arguments in differentiable torch, the first result alone; the backward recomputes it from the saved
+        inputs wherever there is no `backward` kernel.
+    backward: `(saved, grad, needs)`: the gradient of every argument, or None to recompute the reference.  `saved` holds
+        all arguments, then what `save` added; `needs` tells which arguments want a gradient.  It is traced under
+        torch.compile, so it calls operators (`define`), not kernels.
+    save: `(arguments, result)`: the tensors to keep for `backward` besides the arguments.
+    """
+    name = schema.split("(", 1)[0]
+    op = define(schema, kernel=kernel, fake=fake)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, tuple):
+            ctx.mark_non_differentiable(*output[1:])
+            ctx.set_materialize_grads(False)
+        kept = inputs if save is None else (*inputs, *save(inputs, output))
+        ctx.save_for_backward(*(a for a in kept if isinstance(a, Tensor)))
+        ctx.arguments = tuple(None if isinstance(a, Tensor) else a for a in kept)
+        ctx.is_tensor = tuple(isinstance(a, Tensor) for a in kept)
+
+    def backward_from_saved(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        needs = tuple(ctx.needs_input_grad)
+        if grad is None:
+            return (None,) * len(needs)
+        tensors = iter(ctx.saved_tensors)
+        saved = tuple(
+            next(tensors) if is_tensor else argument
+            for argument, is_tensor in zip(ctx.arguments, ctx.is_tensor, strict=True)
+        )
+        result = None if backward is None else backward(saved, grad, needs)
+        return _recompute(reference, saved[: len(needs)], grad, needs) if result is None else tuple(result)
+
+    torch.library.register_autograd(f"fastvit::{name}", backward_from_saved, setup_context=setup_context, lib=_LIBRARY)
+    return op
+
+
+def _recompute(
+    reference: Callable[..., Tensor], arguments: tuple[Any, ...], grad: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradient of every argument that needs one, through autograd of the reference."""
+    leaves = [
+        a.detach().requires_grad_(needed) if isinstance(a, Tensor) else a
+        for a, needed in zip(arguments, needs, strict=True)
+    ]
+    wanted = [i for i, needed in enumerate(needs) if needed]
+    with torch.enable_grad():
+        output = reference(*leaves)
+    grads = torch.autograd.grad(output, [leaves[i] for i in wanted], grad, allow_unused=True)
+    result: list[Tensor | None] = [None] * len(leaves)
+    for i, g in zip(wanted, grads, strict=True):
+        result[i] = g
+    return tuple(result)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
