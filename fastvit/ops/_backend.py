@@ -93,9 +93,9 @@ def _triton_serves(x: Tensor, compute: torch.dtype) -> bool:
     return has_triton() and compute in _TRITON_DTYPES and x.device.type in ("cuda", "cpu")
 
 
-def triton_kernel(name: str) -> Any:
-    """The host launcher `fastvit.kernels.<name>.<name>`."""
-    return getattr(importlib.import_module(f"fastvit.kernels.{name}"), name)
+def triton_kernel(module: str, name: str | None = None) -> Any:
+    """The host launcher `fastvit.kernels.<module>.<name>`, by default of the module's own name."""
+    return getattr(importlib.import_module(f"fastvit.kernels.{module}"), name or module)
 
 
 def code(dtype: torch.dtype) -> int:
