@@ -244,6 +244,8 @@ def problem(
         sequences, nq, nk = batch * grid[0] * grid[1] // area, area, area
     if bias is not None:
         bias = (bias.float() if bias.dtype == torch.float64 else bias).expand(sequences, heads, nq, nk)
+    if rel_pos_h is not None and rel_pos_w is not None:
+        rel_pos_h, rel_pos_w = unit_stride(rel_pos_h), unit_stride(rel_pos_w)
     table_grid = None
     if bias_table is not None:
         # A head's entries side by side, so that a tile's lie on a few cache lines.

@@ -86,6 +86,7 @@ def _launch(
 ) -> None:
     batch, tokens, heads, head_dim = x.shape
     cos, sin = (None, None) if rope is None else (t.contiguous() for t in rope)
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     launch(
         kernel,
         _programs(x),
