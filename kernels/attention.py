@@ -452,28 +452,6 @@ def _product(a, b, PRECISION: tl.constexpr):
     return s
 
 
-@triton.jit
-def _head_extras(
-    sequence, head, corner, seed, dropped, heads,
-    bias, bias_batch, bias_head, bias_q, bias_k, key_mask, mask_batch, mask_k,
-    rel_h, rel_h_batch, rel_h_head, rel_h_q, rel_w, rel_w_batch, rel_w_head, rel_w_q, table, index, entries,
-):  # fmt: skip
-    """What `_adjust` and `_dropped` read, moved to one head of one sequence."""
-    if bias is not None:
-        bias += sequence * bias_batch + head * bias_head
-    if key_mask is not None:
-        key_mask += sequence * mask_batch
-    if rel_h is not None:
-        rel_h += sequence * rel_h_batch + head * rel_h_head
-        rel_w += sequence * rel_w_batch + head * rel_w_head
-    if table is not None:
-        table += head * entries
-    return (
-        bias, bias_q, bias_k, key_mask, mask_k, rel_h, rel_h_q, rel_w, rel_w_q, table, index, corner, seed, dropped,
-        (sequence * heads + head).to(tl.int32),
-    )  # fmt: skip
-
-
 @triton.constexpr_function
 def _has_regions(window):
     return window is not None and (int(window[4]) > 0 or int(window[5]) > 0)
@@ -517,7 +495,11 @@ def _adjust(
 
     In units of log 2 if SCALE_FIRST, else unscaled; -inf for a masked key, and beyond the last if MASKED.
     """
-    bias, bias_q, bias_k, key_mask, mask_k, rel_h, rel_h_q, rel_w, rel_w_q, table, index, corner, _, _, _ = extras
+    (
+        sequence, head, y, x, _, _, _, bias, bias_batch, bias_head, bias_q, bias_k, key_mask, mask_batch, mask_k,
+        rel_h, rel_h_batch, rel_h_head, rel_h_q, rel_w, rel_w_batch, rel_w_head, rel_w_q, table, index, entries,
+    ) = extras  # fmt: skip
+    corner = (y, x)
     if SCALE_FIRST:
         s = s * scale
     # Rows beyond the last are never stored: read the last one instead of masking.
@@ -526,6 +508,7 @@ def _adjust(
     if MASKED:
         column = tl.minimum(n, nk - 1)
     if bias is not None:
+        bias += sequence * bias_batch + head * bias_head
         at = bias + (row.to(tl.int64) * bias_q + n * bias_k)
         if MASKED:
             b = tl.load(at, mask=n < nk, other=0.0)
@@ -533,13 +516,16 @@ def _adjust(
             b = tl.load(at)
         s = tl.fma(b.to(tl.float32), 1.4426950408889634, s)
     if rel_h is not None:
+        rel_h += sequence * rel_h_batch + head * rel_h_head
+        rel_w += sequence * rel_w_batch + head * rel_w_head
         b = tl.load(rel_h + (row.to(tl.int64) * rel_h_q + column // KEYS[1])).to(tl.float32)
         b += tl.load(rel_w + (row.to(tl.int64) * rel_w_q + column % KEYS[1])).to(tl.float32)
         s = tl.fma(b, 1.4426950408889634, s)
     if table is not None:
-        b = tl.load(table + _table_entry(row, column, index, nk, TABLE))
+        b = tl.load(table + head * entries + _table_entry(row, column, index, nk, TABLE))
         s = tl.fma(b, 1.4426950408889634, s)
     if key_mask is not None:
+        key_mask += sequence * mask_batch
         s = tl.where(tl.load(key_mask + column * mask_k) != 0, s, float("-inf"))
     if _has_regions(WINDOW):
         s = tl.where(_region(m, corner, WINDOW) == _region(n, corner, WINDOW), s, float("-inf"))
@@ -551,8 +537,9 @@ def _adjust(
 @triton.jit
 def _drop(p, m, n, kept_scale, extras):
     """p where attention dropout keeps it, scaled, else 0: bits of Philox (Salmon et al. 2011) at (key, query, head)."""
-    _, _, _, _, _, _, _, _, _, _, _, _, seed, dropped, stream = extras
+    sequence, head, _, _, seed, dropped, heads = extras[:7]
     if seed is not None:
+        stream = (sequence * heads + head).to(tl.int32)
         zero = tl.zeros(p.shape, tl.int32)
         bits, _, _, _ = tl.philox(tl.load(seed), zero + n, zero + m, zero + stream, zero)
         p = tl.where((bits >> 1).to(tl.int32) >= dropped, p * kept_scale, 0.0)
@@ -639,8 +626,8 @@ def _short(
     k += tl.multiple_of(batch * k_batch + head * k_head, ALIGN)
     v += tl.multiple_of(batch * v_batch + head * v_head, ALIGN)
     out += tl.multiple_of(batch * out_batch + head * HEAD_DIM, ALIGN)
-    extras = _head_extras(
-        sequence, head, corner, seed, dropped, heads,
+    extras = (
+        sequence, head, y, x, seed, dropped, heads,
         bias, bias_batch, bias_head, bias_q, bias_k, key_mask, mask_batch, mask_k,
         rel_h, rel_h_batch, rel_h_head, rel_h_q, rel_w, rel_w_batch, rel_w_head, rel_w_q, table, index, entries,
     )  # fmt: skip
@@ -740,8 +727,8 @@ def _long(
     k += tl.multiple_of(batch * k_batch + before * k_row + head * k_head, ALIGN)
     v += tl.multiple_of(batch * v_batch + before * v_row + head * v_head, ALIGN)
     out += tl.multiple_of(batch * out_batch + before * out_row + head * HEAD_DIM, ALIGN)
-    extras = _head_extras(
-        sequence, head, corner, seed, dropped, heads,
+    extras = (
+        sequence, head, y, x, seed, dropped, heads,
         bias, bias_batch, bias_head, bias_q, bias_k, key_mask, mask_batch, mask_k,
         rel_h, rel_h_batch, rel_h_head, rel_h_q, rel_w, rel_w_batch, rel_w_head, rel_w_q, table, index, entries,
     )  # fmt: skip

@@ -24,7 +24,6 @@ from fastvit.kernels.attention import (
     Problem,
     _adjust,
     _drop,
-    _head_extras,
     _load,
     _locate,
     _product,
@@ -374,8 +373,8 @@ def _whole(
     if d_rel_h is not None:
         d_rel_h += (sequence * heads + head) * nq * KEYS[0]
         d_rel_w += (sequence * heads + head) * nq * KEYS[1]
-    extras = _head_extras(
-        sequence, head, corner, seed, dropped, heads,
+    extras = (
+        sequence, head, y, x, seed, dropped, heads,
         bias, bias_batch, bias_head, bias_q, bias_k, key_mask, mask_batch, mask_k,
         rel_h, rel_h_batch, rel_h_head, rel_h_q, rel_w, rel_w_batch, rel_w_head, rel_w_q, table, index, entries,
     )  # fmt: skip
@@ -428,8 +427,8 @@ def _queries(
     if d_rel_h is not None:
         d_rel_h += (sequence * heads + head) * nq * KEYS[0]
         d_rel_w += (sequence * heads + head) * nq * KEYS[1]
-    extras = _head_extras(
-        sequence, head, corner, seed, dropped, heads,
+    extras = (
+        sequence, head, y, x, seed, dropped, heads,
         bias, bias_batch, bias_head, bias_q, bias_k, key_mask, mask_batch, mask_k,
         rel_h, rel_h_batch, rel_h_head, rel_h_q, rel_w, rel_w_batch, rel_w_head, rel_w_q, table, index, entries,
     )  # fmt: skip
@@ -473,8 +472,8 @@ def _keys(
     delta = _statistics(delta, sequence, head, before, heads, nq, all_tokens, cu_seqlens)
     dk += batch * dk_batch + before * dk_row + head * dk_head
     dv += batch * dv_batch + before * dv_row + head * dv_head
-    extras = _head_extras(
-        sequence, head, corner, seed, dropped, heads,
+    extras = (
+        sequence, head, y, x, seed, dropped, heads,
         bias, bias_batch, bias_head, bias_q, bias_k, key_mask, mask_batch, mask_k,
         rel_h, rel_h_batch, rel_h_head, rel_h_q, rel_w, rel_w_batch, rel_w_head, rel_w_q, table, index, entries,
     )  # fmt: skip
@@ -516,8 +515,8 @@ def _logits_summed(
         at_k = k + tl.multiple_of(batch * k_batch + head * k_head, ALIGN)
         at_v = v + tl.multiple_of(batch * v_batch + head * v_head, ALIGN)
         at_grad = grad + tl.multiple_of(batch * grad_batch + head * HEAD_DIM, ALIGN)
-        extras = _head_extras(
-            sequence, head, corner, seed, dropped, heads,
+        extras = (
+            sequence, head, y, x, seed, dropped, heads,
             bias, bias_batch, bias_head, bias_q, bias_k, key_mask, mask_batch, mask_k,
             rel_h, rel_h_batch, rel_h_head, rel_h_q, rel_w, rel_w_batch, rel_w_head, rel_w_q, table, index, entries,
         )  # fmt: skip
