@@ -494,6 +494,8 @@ def _adjust(
     """Logits of queries m and keys n, of which one is a row and one a column.
 
     In units of log 2 if SCALE_FIRST, else unscaled; -inf for a masked key, and beyond the last if MASKED.
+
+    extras: the program's sequence, head and window, and what its kernel was given to change logits with.
     """
     (
         sequence, head, y, x, _, _, _, bias, bias_batch, bias_head, bias_q, bias_k, key_mask, mask_batch, mask_k,
