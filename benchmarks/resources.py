@@ -31,7 +31,9 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 import triton
 from fastvit.kernels import choices
-from fastvit.kernels.attention import attention
+from fastvit.kernels.attention import attention, lse_shape
+from fastvit.kernels.attention_backward import attention_backward
+from fastvit.kernels.attention_prologue import prologue, prologue_backward
 from fastvit.kernels.launch import ARCHS, Launch, record
 from fastvit.kernels.linear_residual import linear_residual, linear_residual_backward
 from fastvit.kernels.mlp import mlp, mlp_backward
@@ -54,6 +56,7 @@ _TARGETS = {
 SHARED_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gfx942": 64 * 1024}
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
+_TYPES |= {torch.int32: "i32", torch.int64: "i64"}
 
 # Tensor-core instructions, by the name under which the table counts them.
 _PRODUCTS = {"mma": r"\bHMMA", "wgmma": r"\bHGMMA", "tcgen05": r"\bUTC\w*MMA", "mfma": r"\bv_s?mfma"}
@@ -112,15 +115,28 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def _attention_cases() -> Iterator[Case]:
     def case(
         label: str, n: int, heads: int, head_dim: int, dtype: torch.dtype = torch.bfloat16, *, nq: int | None = None,
-        bias: bool = False, tf32: bool = False, archs: tuple[str, ...] = ARCHS,
+        bias: bool = False, tf32: bool = False, archs: tuple[str, ...] = ARCHS, backward: bool = False, **options: Any,
     ) -> Case:  # fmt: skip
         def call() -> None:
-            q, k, v = _meta(64, n, 3, heads, head_dim, dtype=dtype).unbind(2)
+            batch = 1 if "cu_seqlens" in options else 64
+            q, k, v = _meta(batch, n, 3, heads, head_dim, dtype=dtype).unbind(2)
             q = q if nq is None else _meta(64, nq, heads, head_dim, dtype=dtype)
+            arguments = dict(options)
+            if bias:
+                arguments["bias"] = _meta(heads, q.shape[1], n, dtype=dtype)
             with _matmul_precision("high" if tf32 else "highest"):
-                attention(q, k, v, bias=_meta(heads, q.shape[1], n, dtype=dtype) if bias else None)
+                if not backward:
+                    attention(q, k, v, **arguments)
+                    return
+                lse = _meta(*lse_shape(q, options.get("window"), options.get("grid")), dtype=torch.float32)
+                out = _meta(*q.shape[:2], heads * head_dim, dtype=dtype)
+                index = _meta(*lse.shape[2:] * 2, dtype=torch.int64) if "bias_table" in options else None
+                attention_backward(
+                    q, k, v, out, torch.empty_like(out), lse, bias_needs_grad=bias, table_index=index, **arguments
+                )
 
-        return Case("attention", f"{label}, N={n}, D={head_dim}", dtype, call, archs)
+        operator = "attention backward" if backward else "attention"
+        return Case(operator, f"{label}, N={n}, D={head_dim}", dtype, call, archs)
 
     # Every chunking of the short path, then its longest rows at every other width.
     short = ("sm90", "sm100")
@@ -140,6 +156,38 @@ def _attention_cases() -> Iterator[Case]:
             yield case("long with bias", 577, 12, head_dim, torch.float32, bias=True, tf32=tf32)
     yield case("long, one query", 577, 12, 64, nq=1)
     yield case("long", 730, 16, 72)
+    # Backward: every tile, in one program per head and in kernels for queries and keys.
+    for head_dim in (64, 88, 128):
+        yield case("whole", 197, 12, head_dim, backward=True)
+        yield case("split with bias", 577, 12, head_dim, bias=True, backward=True)
+    for head_dim in (64, 104):
+        for tf32 in (False, True):
+            yield case("split with bias", 577, 12, head_dim, torch.float32, bias=True, tf32=tf32, backward=True)
+    # What changes a logit, and which rows are read.
+    swin = {"grid": (56, 56), "window": (7, 7), "shift": (3, 3), "bias_table": _meta(169, 12)}
+    beit = {"grid": (24, 24), "bias_table": _meta(2212, 12)}
+    sam = {"rel_pos_h": _meta(64, 12, 4096, 64), "rel_pos_w": _meta(64, 12, 4096, 64)}
+    seed = {"dropout_p": 0.1, "dropout_seed": _meta(1, dtype=torch.int64)}
+    packed = {"cu_seqlens": _meta(33, dtype=torch.int32)}
+    for label, n, options in (
+        ("Swin window", 3136, swin), ("BEiT table", 577, beit), ("SAM rel_pos", 4096, sam), ("dropout", 577, seed),
+        ("packed", 8192, packed), ("key mask", 577, {"key_mask": _meta(64, 577, dtype=torch.bool)}),
+    ):  # fmt: skip
+        for backward in (False, True):
+            yield case(label, n, 12, 64, backward=backward, **options)
+    for head_dim in (64, 80):
+        yield Case("attention prologue", f"LayerNorm and RoPE, D={head_dim}", torch.bfloat16, _prologue(head_dim))
+
+
+def _prologue(head_dim: int) -> Callable[[], None]:
+    def call() -> None:
+        q = _meta(64, 201, 3, 12, head_dim)[:, :, 0]
+        vector, table = _meta(head_dim), _meta(196, head_dim, dtype=torch.float32)
+        options = {"norm": "layer", "weight": vector, "bias": vector, "rope": (table, table)}
+        prologue(q, **options)
+        prologue_backward(_meta(64, 201, 12, head_dim), q, **options)
+
+    return call
 
 
 def _norm_linear_cases() -> Iterator[Case]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,9 +49,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """x (B, N, dim) -> (B, N, dim); attn_mask: additive, broadcastable to (B, num_heads, N, N)."""
-        x = self.attend(x, nn.Identity(), attn_mask)
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """x (B, N, dim) -> (B, N, dim).
+
+        attn_mask: additive, broadcastable to (B, num_heads, N, N).
+        options: of `fastvit.ops.attention`: key_mask, rope, bias_table, grid, window, shift and the like.
+        """
+        x = self.attend(x, nn.Identity(), attn_mask, **options)
         return self.proj_drop(ops.norm_linear(x, self.proj.weight, self.proj.bias, norm="none"))
 
     def add_to(
@@ -81,7 +87,7 @@ class Attention(nn.Module):
         x = self.attend(residual, norm, attn_mask)
         return add_branch(x, self.proj, self.proj_drop, residual, layer_scale, drop_path)
 
-    def attend(self, x: Tensor, norm: nn.Module, attn_mask: Tensor | None = None) -> Tensor:
+    def attend(self, x: Tensor, norm: nn.Module, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
         """norm(x) -> qkv -> heads, all but the output projection: (B, N, dim)."""
         arguments = norm_arguments(norm, x.dtype)
         if arguments is None:
@@ -89,11 +95,13 @@ class Attention(nn.Module):
         qkv = ops.norm_linear(x, self.qkv.weight, self.qkv.bias, **arguments)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
-        if self.training and self.attn_drop.p > 0.0:
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        if dropout_p > 0.0 and not options and not x.is_cuda:
+            # The operator's reproducible bits cost a CPU more than torch's own.
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask, self.attn_drop.p, scale=self.scale)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, scale=self.scale)
             return out.transpose(1, 2).flatten(2)
-        return ops.attention(q, k, v, scale=self.scale, bias=attn_mask)
+        return ops.attention(q, k, v, scale=self.scale, bias=attn_mask, dropout_p=dropout_p, **options)
 
 
 class AttentionPool(nn.Module):

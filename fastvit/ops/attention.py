@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastvit import reference
 from fastvit.ops import _backend, _checks
-from fastvit.ops._library import autocast_dtype, in_dtype, register
+from fastvit.ops._library import autocast_dtype, define, in_dtype, register
+
+# The widest head whose backward has a kernel; wider ones recompute the reference.
+_WIDEST_BACKWARD = 128
 
 
 def attention(
@@ -18,106 +24,494 @@ def attention(
     *,
     scale: float | None = None,
     bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    rope_interleaved: bool = False,
+    qk_norm: str = "none",
+    q_norm_weight: Tensor | None = None,
+    q_norm_bias: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    k_norm_bias: Tensor | None = None,
+    qk_norm_eps: float = 1e-6,
+    rel_pos: tuple[Tensor, Tensor] | None = None,
+    bias_table: Tensor | None = None,
+    bias_index: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+    window: tuple[int, int] | None = None,
+    shift: tuple[int, int] = (0, 0),
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> Tensor:
     """Multi-head attention (Vaswani et al. 2017) that never holds an Nq x Nk matrix (Dao et al. 2022).
+
+    On CPU `scale` and `bias` alone run the C++ kernel; with anything else the plain reference runs.
 
     Args:
         q: (B, Nq, num_heads, head_dim), float.  Any strides: slices of a packed qkv are read in place.
         k, v: (B, Nk, num_heads, head_dim), dtype of `q` (any float dtype under autocast).
         scale: of the logits; head_dim ** -0.5 by default.
         bias: broadcastable to (B, num_heads, Nq, Nk), float, added to the scaled logits.  -inf masks a key; a row
-            that masks every key gives zeros.
+            that masks every key gives zeros.  With `window`, Nq = Nk = a window's tokens and B counts windows.
+        key_mask: bool (B, Nk), True for a key that counts.  A row without keys gives zeros, and zero gradients.
+        cu_seqlens: int32 (S + 1,), from 0 to T: tokens of S sequences, packed one after the other (NaViT, Dehghani et
+            al. 2023), attend within their own.  q, k, v are then (T, num_heads, head_dim), or the same with B = 1.
+        rope: cos, sin, each (P, head_dim), float: rotary positions (Su et al. 2021) of the last P tokens of q and k;
+            prefix tokens are left alone.
+        rope_interleaved: a channel's partner lies beside it (EVA-02), not head_dim / 2 away (DINOv3).
+        qk_norm: "layer" or "rms": normalise q and k over head_dim before they are rotated; "none".
+        q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias: (head_dim,), of that norm.
+        qk_norm_eps: epsilon of that norm.
+        rel_pos: (B, num_heads, Nq, Kh) and (B, num_heads, Nq, Kw), float, added to the scaled logits by the row and the
+            column of the key, Nk = Kh * Kw (decomposed relative positions, Li et al. 2022, SAM).
+        bias_table: (entries, num_heads), float, added to the scaled logits by relative position (Swin, BEiT): by
+            `bias_index`, or by `reference.relative_index` of `window`, else `grid`, and at most one class token.
+        bias_index: int (Nq, Nk), entries of `bias_table`.
+        grid: rows and columns of patches.
+        window: rows and columns of windows that patches attend within (Liu et al. 2021); no prefix tokens.
+        shift: roll the image by so much, up and left, before it is cut into windows; parts that were not neighbours do
+            not see each other.  The output is rolled back.
+        dropout_p: probability of dropping a weight.
+        dropout_seed: int64 (1,): what is dropped is a function of it; drawn from torch's generator by default.
 
     Returns:
-        (B, Nq, num_heads * head_dim), contiguous; dtype of `q`, or autocast's.
+        (B, Nq, num_heads * head_dim), or (T, num_heads * head_dim), contiguous; dtype of `q`, or autocast's.
 
     Raises:
-        ValueError, TypeError: an argument's shape or dtype is not accepted.
+        ValueError, TypeError: an argument's shape or dtype is not accepted, or two arguments are not served together.
     """
     if has_torch_function((q, k, v)):
-        return handle_torch_function(attention, (q, k, v), q, k, v, scale=scale, bias=bias)
+        return handle_torch_function(
+            attention, (q, k, v), q, k, v, scale=scale, bias=bias, key_mask=key_mask, cu_seqlens=cu_seqlens, rope=rope,
+            rope_interleaved=rope_interleaved, qk_norm=qk_norm, q_norm_weight=q_norm_weight, q_norm_bias=q_norm_bias,
+            k_norm_weight=k_norm_weight, k_norm_bias=k_norm_bias, qk_norm_eps=qk_norm_eps, rel_pos=rel_pos,
+            bias_table=bias_table, bias_index=bias_index, grid=grid, window=window, shift=shift, dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+        )  # fmt: skip
+    packed = cu_seqlens is not None and q.ndim == 3
+    if packed:
+        q, k, v = (t.unsqueeze(0) for t in (q, k, v))
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return _op(q, k, v, scale, bias, autocast_dtype(q))
+    if dropout_p > 0.0 and dropout_seed is None:
+        dropout_seed = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
+    cos, sin = rope if rope is not None else (None, None)
+    rel_pos_h, rel_pos_w = rel_pos if rel_pos is not None else (None, None)
+    learned = (q, k, v, bias, q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias, rel_pos_h, rel_pos_w, bias_table)
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)
+    out = _op(
+        q, k, v, scale, bias, key_mask, cu_seqlens, cos, sin, rope_interleaved, qk_norm, q_norm_weight, q_norm_bias,
+        k_norm_weight, k_norm_bias, qk_norm_eps, rel_pos_h, rel_pos_w, bias_table, bias_index, grid, window, shift,
+        dropout_p, dropout_seed, training, autocast_dtype(q),
+    )[0]  # fmt: skip
+    return out.squeeze(0) if packed else out
 
 
-def attention_qkvpacked(
-    qkv: Tensor, num_heads: int, *, scale: float | None = None, bias: Tensor | None = None
-) -> Tensor:
+def attention_qkvpacked(qkv: Tensor, num_heads: int, **options: Any) -> Tensor:
     """`attention` of a packed projection.
 
     Args:
-        qkv: (B, N, 3 * num_heads * head_dim), as a `qkv` linear writes it: [q; k; v], each with heads outermost.
+        qkv: (B, N, 3 * num_heads * head_dim), as a `qkv` linear writes it: [q; k; v], each with heads outermost.  With
+            `cu_seqlens` also (T, 3 * num_heads * head_dim).
         num_heads: must divide the last dimension / 3.
-        scale, bias: as in `attention`.
+        options: as in `attention`.
 
     Returns:
         (B, N, num_heads * head_dim).
     """
     if has_torch_function((qkv,)):
-        return handle_torch_function(attention_qkvpacked, (qkv,), qkv, num_heads, scale=scale, bias=bias)
-    if qkv.ndim != 3 or num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
+        return handle_torch_function(attention_qkvpacked, (qkv,), qkv, num_heads, **options)
+    ranks = (3,) if options.get("cu_seqlens") is None else (2, 3)
+    if qkv.ndim not in ranks or num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(
             f"qkv: shape {tuple(qkv.shape)} with num_heads={num_heads} does not fit; "
             "accepted: (B, N, 3 * num_heads * head_dim)"
         )
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
-    return attention(q, k, v, scale=scale, bias=bias)
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
+    return attention(q, k, v, **options)
 
 
-def _output(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
-    """Check everything and return the empty result: also the operator's fake version."""
-    for name, t in (("q", q), ("k", k), ("v", v)):
+class _Arguments(NamedTuple):
+    """The operator's arguments, in the schema's order."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    bias: Tensor | None = None
+    key_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    rope_cos: Tensor | None = None
+    rope_sin: Tensor | None = None
+    rope_interleaved: bool = False
+    qk_norm: str = "none"
+    q_norm_weight: Tensor | None = None
+    q_norm_bias: Tensor | None = None
+    k_norm_weight: Tensor | None = None
+    k_norm_bias: Tensor | None = None
+    qk_norm_eps: float = 1e-6
+    rel_pos_h: Tensor | None = None
+    rel_pos_w: Tensor | None = None
+    bias_table: Tensor | None = None
+    bias_index: Tensor | None = None
+    grid: Sequence[int] | None = None
+    window: Sequence[int] | None = None
+    shift: Sequence[int] = (0, 0)
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | None = None
+    training: bool = False
+    dtype: torch.dtype | None = None
+
+    def plain(self) -> bool:
+        """Nothing but scale and bias?"""
+        given = (self.key_mask, self.cu_seqlens, self.rope_cos, self.rel_pos_h, self.bias_table, self.window)
+        return all(g is None for g in given) and self.qk_norm == "none" and self.dropout_p == 0.0
+
+    def rope(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.rope_cos is None or self.rope_sin is None else (self.rope_cos, self.rope_sin)
+
+    def logits(self) -> tuple[int, int, int, int]:
+        """The shape of what `bias` broadcasts to."""
+        batch, nq, heads, _ = self.q.shape
+        if self.window is None or self.grid is None:
+            return batch, heads, nq, self.k.shape[1]
+        area = self.window[0] * self.window[1]
+        return batch * nq // area, heads, area, area
+
+
+_SCHEMA = """Tensor q, Tensor k, Tensor v, float scale, Tensor? bias, Tensor? key_mask, Tensor? cu_seqlens,
+    Tensor? rope_cos, Tensor? rope_sin, bool rope_interleaved, str qk_norm, Tensor? q_norm_weight, Tensor? q_norm_bias,
+    Tensor? k_norm_weight, Tensor? k_norm_bias, float qk_norm_eps, Tensor? rel_pos_h, Tensor? rel_pos_w,
+    Tensor? bias_table, Tensor? bias_index, int[]? grid, int[]? window, int[] shift, float dropout_p,
+    Tensor? dropout_seed, bool training, ScalarType? dtype"""
+
+
+def _check(a: _Arguments) -> None:
+    for name, t in (("q", a.q), ("k", a.k), ("v", a.v)):
         _checks.floating(name, t)
         _checks.ndim(name, t, 4, "(B, N, num_heads, head_dim)")
+    q, k, v = a.q, a.k, a.v
     batch, nq, heads, head_dim = q.shape
+    nk = k.shape[1]
     if k.shape[0] != batch or k.shape[2:] != q.shape[2:]:
         raise ValueError(f"k: shape {tuple(k.shape)} does not fit q {tuple(q.shape)}; accepted: (B, Nk, H, D)")
     if v.shape != k.shape:
         raise ValueError(f"v: shape {tuple(v.shape)} does not fit; accepted: k's, {tuple(k.shape)}")
-    if k.shape[1] == 0 and nq > 0:
+    if nk == 0 and nq > 0:
         raise ValueError(f"k: shape {tuple(k.shape)} has no keys; accepted: Nk >= 1")
-    _checks.attention_bias(bias, (batch, heads, nq, k.shape[1]))
-    if dtype is None:
+    _check_combinations(a)
+    if a.window is not None or a.shift[0] or a.shift[1]:
+        _check_window(a)
+    _checks.attention_bias(a.bias, a.logits())
+    if a.key_mask is not None:
+        if a.key_mask.dtype != torch.bool:
+            raise TypeError(f"key_mask: dtype {a.key_mask.dtype} is not accepted; give torch.bool, True for a key kept")
+        _shape("key_mask", a.key_mask, (batch, nk))
+    if a.cu_seqlens is not None:
+        if a.cu_seqlens.dtype != torch.int32:
+            raise TypeError(f"cu_seqlens: dtype {a.cu_seqlens.dtype} is not accepted; give torch.int32")
+        if a.cu_seqlens.ndim != 1 or a.cu_seqlens.shape[0] < 2:
+            raise ValueError(f"cu_seqlens: shape {tuple(a.cu_seqlens.shape)} does not fit; accepted: (S + 1,), S >= 1")
+        if batch != 1 or nq != nk:
+            raise ValueError(f"cu_seqlens: q {tuple(q.shape)}, k {tuple(k.shape)}; accepted: both (1, T, H, D)")
+    if a.rope_cos is not None and a.rope_sin is not None:
+        _check_rope(a, a.rope_cos, a.rope_sin)
+    _checks.one_of("qk_norm", a.qk_norm, _checks.NORMS)
+    _checks.norm(a.qk_norm, a.q_norm_weight, a.q_norm_bias, head_dim)
+    _checks.norm(a.qk_norm, a.k_norm_weight, a.k_norm_bias, head_dim)
+    if a.rel_pos_h is not None and a.rel_pos_w is not None:
+        for name, t in (("rel_pos[0]", a.rel_pos_h), ("rel_pos[1]", a.rel_pos_w)):
+            _checks.floating(name, t)
+            _shape(name, t, (batch, heads, nq, t.shape[-1]))
+        if a.rel_pos_h.shape[-1] * a.rel_pos_w.shape[-1] != nk:
+            sizes = (a.rel_pos_h.shape[-1], a.rel_pos_w.shape[-1])
+            raise ValueError(f"rel_pos: {sizes[0]} rows and {sizes[1]} columns do not make the {nk} keys")
+    _check_table(a)
+    if not 0.0 <= a.dropout_p < 1.0:
+        raise ValueError(f"dropout_p: {a.dropout_p}; accepted: 0 <= p < 1")
+    if a.dropout_p > 0.0:
+        if a.dropout_seed is None or a.dropout_seed.dtype != torch.int64:
+            raise TypeError(f"dropout_seed: {a.dropout_seed} is not accepted; give an int64 tensor (1,)")
+        _shape("dropout_seed", a.dropout_seed, (1,))
+    if a.dtype is None:
         _checks.same_dtype("k", k, q.dtype, "q")
         _checks.same_dtype("v", v, q.dtype, "q")
-    _checks.same_device(q=q, k=k, v=v, bias=bias)
-    return q.new_empty((batch, nq, heads * head_dim), dtype=dtype or q.dtype)
+    _checks.same_device(**{name: t for name, t in a._asdict().items() if isinstance(t, Tensor)})
 
 
-def kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
-    out = _output(q, k, v, scale, bias, dtype)
+def _check_combinations(a: _Arguments) -> None:
+    """Arguments that no backend serves together."""
+    apart = {
+        "cu_seqlens": ("bias", "key_mask", "rel_pos", "bias_table", "window"),
+        "window": ("key_mask", "rel_pos", "bias_index"),
+    }
+    given = {
+        "cu_seqlens": a.cu_seqlens,
+        "window": a.window,
+        "bias": a.bias,
+        "key_mask": a.key_mask,
+        "rel_pos": a.rel_pos_h,
+        "bias_table": a.bias_table,
+        "bias_index": a.bias_index,
+    }
+    for name, others in apart.items():
+        for other in others:
+            if given[name] is not None and given[other] is not None:
+                raise ValueError(f"{name}: not served together with {other}; accepted: one of them")
+
+
+def _check_window(a: _Arguments) -> None:
+    if a.window is None or a.grid is None:
+        missing = "window" if a.window is None else "grid"
+        raise ValueError(f"{missing}: None; accepted with window or shift: (rows, columns)")
+    nq, nk = a.q.shape[1], a.k.shape[1]
+    if nq != a.grid[0] * a.grid[1] or nk != nq:
+        raise ValueError(f"grid: {tuple(a.grid)} with Nq={nq}, Nk={nk}; accepted with window: both rows * columns")
+    for size, side, by in zip(a.grid, a.window, a.shift, strict=True):
+        if side < 1 or size % side:
+            raise ValueError(f"window: {tuple(a.window)} in a grid of {tuple(a.grid)}; accepted: divisors of it")
+        if not 0 <= by < side:
+            raise ValueError(f"shift: {tuple(a.shift)} of windows of {tuple(a.window)}; accepted: 0 <= shift < window")
+
+
+def _check_rope(a: _Arguments, cos: Tensor, sin: Tensor) -> None:
+    for name, t in (("rope[0]", cos), ("rope[1]", sin)):
+        _checks.floating(name, t)
+    tokens, head_dim = a.q.shape[1], a.q.shape[3]
+    if cos.ndim != 2 or cos.shape != sin.shape or cos.shape[1] != head_dim or cos.shape[0] > tokens:
+        shapes = f"{tuple(cos.shape)} and {tuple(sin.shape)}"
+        raise ValueError(f"rope: shapes {shapes} do not fit; accepted: two of (P, {head_dim}), P <= {tokens}")
+    if a.k.shape[1] != tokens or head_dim % 2:
+        raise ValueError(f"rope: Nq={tokens}, Nk={a.k.shape[1]}, head_dim={head_dim}; accepted: Nq = Nk, even head_dim")
+
+
+def _check_table(a: _Arguments) -> None:
+    if a.bias_table is None:
+        if a.bias_index is not None:
+            raise ValueError("bias_index: given without bias_table; accepted: both")
+        return
+    _checks.floating("bias_table", a.bias_table)
+    _, heads, nq, nk = a.logits()
+    if a.bias_table.ndim != 2 or a.bias_table.shape[1] != heads:
+        raise ValueError(f"bias_table: shape {tuple(a.bias_table.shape)} does not fit; accepted: (entries, {heads})")
+    if a.bias_index is not None:
+        if a.bias_index.is_floating_point():
+            raise TypeError(f"bias_index: dtype {a.bias_index.dtype} is not accepted; give an integer tensor")
+        _shape("bias_index", a.bias_index, (nq, nk))
+        return
+    sides = a.window or a.grid
+    if sides is None:
+        raise ValueError("bias_table: needs bias_index, window or grid")
+    height, width = sides
+    prefix = nq - height * width
+    if prefix not in (0, 1) or nq != nk:
+        raise ValueError(f"grid: {tuple(sides)} with Nq={nq}, Nk={nk}; accepted: rows * columns, or one token more")
+    entries = (2 * height - 1) * (2 * width - 1) + 3 * prefix
+    if a.bias_table.shape[0] != entries:
+        raise ValueError(f"bias_table: {a.bias_table.shape[0]} entries; accepted for {height} x {width}: {entries}")
+
+
+def _shape(name: str, t: Tensor, accepted: tuple[int, ...]) -> None:
+    if t.shape != accepted:
+        raise ValueError(f"{name}: shape {tuple(t.shape)} does not fit; accepted: {accepted}")
+
+
+def _backend_of(a: _Arguments, compute: torch.dtype) -> str:
+    backend = _backend.choose(a.q, compute, a.k, a.v, a.bias)
+    if backend == "cpp" and not a.plain():
+        if not _backend.may_run("reference"):
+            raise RuntimeError("backend 'cpp' was forced, but serves attention with scale and bias alone")
+        return "reference"
+    return backend
+
+
+def _outputs(a: _Arguments) -> tuple[Tensor, Tensor, str]:
+    """Empty results and the backend.  The log of each row's sum is kept for the backward kernel, where it will run."""
+    _check(a)
+    batch, nq, heads, head_dim = a.q.shape
+    out = a.q.new_empty((batch, nq, heads * head_dim), dtype=a.dtype or a.q.dtype)
+    backend = _backend_of(a, out.dtype) if out.numel() else "reference"
+    lse: tuple[int, ...] = (0,)
+    if a.training and backend == "triton" and head_dim <= _WIDEST_BACKWARD:
+        lse = a.logits()[:3]
+    return out, a.q.new_empty(lse, dtype=torch.float32), backend
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _outputs(_Arguments(*arguments))[:2]
+
+
+def _kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
+    a = _Arguments(*arguments)
+    out, lse, backend = _outputs(a)
     if out.numel() == 0:
-        return out
-    backend = _backend.choose(q, out.dtype, k, v, bias)
+        return out, lse
     if backend == "cpp":
-        tensors = [t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v)]
-        if bias is not None:
-            bias = bias.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        tensors = [t if t.stride(-1) == 1 else t.contiguous() for t in (a.q, a.k, a.v)]
         _backend.extension().attention(  # type: ignore[union-attr]
-            _backend.view(out.unflatten(-1, q.shape[2:])),
+            _backend.view(out.unflatten(-1, a.q.shape[2:])),
             *map(_backend.view, tensors),
-            _backend.view(bias),
-            scale,
+            _backend.view(None if a.bias is None else a.bias.expand(a.logits())),
+            a.scale,
             _backend.code(out.dtype),
             torch.get_num_threads(),
         )
-        return out
-    if backend == "triton":
-        if dtype is not None:
-            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        return _backend.triton_kernel("attention")(q, k, v, scale=scale, bias=bias)
-    return _reference(q, k, v, scale, bias, dtype)
+    elif backend == "triton":
+        q, k, v = _operands(a)
+        kept = lse if lse.numel() else None
+        out = _backend.triton_kernel("attention")(q, k, v, **_triton_options(a), lse=kept)
+    else:
+        out = _reference(*arguments)
+    return out, lse
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
-    with in_dtype(dtype, q.device):
-        return reference.attention(q, k, v, scale=scale, bias=bias)
+def kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    """Attention below autograd, for operators that are made of it."""
+    return _kernel(*_Arguments(q, k, v, scale, bias, dtype=dtype))[0]
 
+
+def _operands(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k normalised and rotated, and v, in the dtype that products run in."""
+    q, k, v = (t.to(a.dtype or t.dtype) for t in (a.q, a.k, a.v))
+    if a.qk_norm != "none" or a.rope_cos is not None:
+        launch = _backend.triton_kernel("attention_prologue", "prologue")
+        q, k = launch(q, **_prologue_options(a, "q")), launch(k, **_prologue_options(a, "k"))
+    return q, k, v
+
+
+def _prologue_options(a: _Arguments, of: str) -> dict[str, Any]:
+    weight, bias = getattr(a, f"{of}_norm_weight"), getattr(a, f"{of}_norm_bias")
+    return {
+        "norm": a.qk_norm,
+        "weight": weight,
+        "bias": bias,
+        "eps": a.qk_norm_eps,
+        "rope": a.rope(),
+        "interleaved": a.rope_interleaved,
+    }
+
+
+def _triton_options(a: _Arguments) -> dict[str, Any]:
+    return {
+        "scale": a.scale,
+        "bias": a.bias,
+        "key_mask": a.key_mask,
+        "cu_seqlens": a.cu_seqlens,
+        "rel_pos_h": a.rel_pos_h,
+        "rel_pos_w": a.rel_pos_w,
+        "bias_table": a.bias_table,
+        "bias_index": a.bias_index,
+        "grid": a.grid,
+        "window": a.window,
+        "shift": tuple(a.shift),
+        "dropout_p": a.dropout_p,
+        "dropout_seed": a.dropout_seed,
+    }
+
+
+def _reference(*arguments: Any) -> Tensor:
+    a = _Arguments(*arguments)
+    with in_dtype(a.dtype, a.q.device):
+        return reference.attention(
+            a.q,
+            a.k,
+            a.v,
+            scale=a.scale,
+            bias=a.bias,
+            key_mask=a.key_mask,
+            cu_seqlens=a.cu_seqlens,
+            rope=a.rope(),
+            rope_interleaved=a.rope_interleaved,
+            qk_norm=a.qk_norm,
+            q_norm_weight=a.q_norm_weight,
+            q_norm_bias=a.q_norm_bias,
+            k_norm_weight=a.k_norm_weight,
+            k_norm_bias=a.k_norm_bias,
+            qk_norm_eps=a.qk_norm_eps,
+            rel_pos=None if a.rel_pos_h is None or a.rel_pos_w is None else (a.rel_pos_h, a.rel_pos_w),
+            bias_table=a.bias_table,
+            bias_index=a.bias_index,
+            grid=None if a.grid is None else (a.grid[0], a.grid[1]),
+            window=None if a.window is None else (a.window[0], a.window[1]),
+            shift=(a.shift[0], a.shift[1]),
+            dropout_p=a.dropout_p,
+            dropout_seed=a.dropout_seed,
+        )
+
+
+def _save(arguments: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    out, lse = result
+    return (out, lse) if lse.numel() else ()
+
+
+# The arguments that have gradients, in the order in which the backward operator returns them.
+_LEARNED = (
+    "q", "k", "v", "bias", "q_norm_weight", "q_norm_bias", "k_norm_weight", "k_norm_bias", "rel_pos_h", "rel_pos_w",
+    "bias_table",
+)  # fmt: skip
+
+
+def _backward(saved: tuple[Any, ...], grad: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None] | None:
+    arguments, kept = saved[: len(needs)], saved[len(needs) :]
+    needed = dict(zip(_Arguments._fields, needs, strict=True))
+    # Nothing makes the gradient of a rotation.
+    if not kept or needed["rope_cos"] or needed["rope_sin"]:
+        return None
+    wanted = [needed[name] for name in _LEARNED]
+    gradients = dict(zip(_LEARNED, _backward_op(grad, *kept, *arguments, wanted), strict=True))
+    return [gradients[name] if needed[name] else None for name in _Arguments._fields]
+
+
+def _backward_fake(grad: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
+    a, wanted = _Arguments(*arguments[:-1]), arguments[-1]
+    tensors = (getattr(a, name) for name in _LEARNED)
+    return [
+        torch.empty(t.shape if w else (0,), dtype=t.dtype, device=t.device) if t is not None else out.new_empty(0)
+        for t, w in zip(tensors, wanted, strict=True)
+    ]
+
+
+def _backward_kernel(grad: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
+    """The gradients of `_LEARNED`; empty where there is none, or it is not wanted."""
+    a = _Arguments(*arguments[:-1])
+    wanted = dict(zip(_LEARNED, arguments[-1], strict=True))
+    q, k, v = _operands(a)
+    table_index = None
+    if a.bias_table is not None and wanted["bias_table"]:
+        table_index = a.bias_index
+        if table_index is None:
+            _, _, tokens, _ = a.logits()
+            height, width = a.window or a.grid or (1, tokens)
+            table_index = reference.relative_index(height, width, tokens - height * width, device=q.device)
+    found = _backend.triton_kernel("attention_backward")(
+        q, k, v, out, grad.to(out.dtype), lse, **_triton_options(a), bias_needs_grad=wanted["bias"],
+        table_index=table_index,
+    )  # fmt: skip
+    gradients: dict[str, Tensor | None] = {**found._asdict()}
+    if a.qk_norm != "none" or a.rope_cos is not None:
+        launch = _backend.triton_kernel("attention_prologue", "prologue_backward")
+        for name, x in (("q", a.q), ("k", a.k)):
+            x = x.to(a.dtype or x.dtype)
+            dx, d_weight, d_bias = launch(gradients[name], x, **_prologue_options(a, name))
+            gradients |= {name: dx, f"{name}_norm_weight": d_weight, f"{name}_norm_bias": d_bias}
+    result = []
+    for name in _LEARNED:
+        t, g = getattr(a, name), gradients.get(name)
+        result.append((out if t is None else t).new_empty(0) if g is None or not wanted[name] else g.to(t.dtype))
+    return result
+
+
+_backward_op = define(
+    f"attention_backward(Tensor grad, Tensor out, Tensor lse, {_SCHEMA}, bool[] wanted) -> Tensor[]",
+    kernel=_backward_kernel,
+    fake=_backward_fake,
+)
 
 _op = register(
-    "attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias, ScalarType? dtype) -> Tensor",
-    kernel=kernel,
-    fake=_output,
+    f"attention({_SCHEMA}) -> (Tensor, Tensor)",
+    kernel=_kernel,
+    fake=_fake,
     reference=_reference,
+    backward=_backward,
+    save=_save,
 )

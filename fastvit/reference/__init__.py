@@ -8,6 +8,7 @@ from fastvit.reference.ops import (
     norm_linear,
     patch_embed,
     pool,
+    relative_index,
     self_attention,
 )
 from fastvit.reference.vit import VisionTransformer, interpolate_pos_embed
@@ -22,5 +23,6 @@ __all__ = [
     "norm_linear",
     "patch_embed",
     "pool",
+    "relative_index",
     "self_attention",
 ]

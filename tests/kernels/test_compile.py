@@ -14,6 +14,10 @@ ROOT = Path(__file__).parents[2]
 
 # As benchmarks.resources.SHARED_LIMIT, which can't be imported where the interpreter is on.
 SHARED_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gfx942": 64 * 1024}
+PRODUCTS = (
+    *("_product", "_persistent", "_hidden_gradient"),
+    *("_short", "_long", "_whole", "_queries", "_keys", "_logits_summed"),
+)
 PRODUCT = {"sm80": "mma", "sm90": "wgmma", "sm100": "tcgen05", "gfx942": "mfma"}
 
 
@@ -34,7 +38,16 @@ def describe(rows: list[dict]) -> str:
 def test_everything_compiles(compiled: dict) -> None:
     assert not compiled["failures"], "\n".join(compiled["failures"])
     kernels = {(r["arch"], r["operator"]) for r in compiled["resources"]}
-    operators = ("attention", "norm_linear", "linear_residual", "mlp", "patch_embed", "pool")
+    operators = (
+        "attention",
+        "attention backward",
+        "attention prologue",
+        "norm_linear",
+        "linear_residual",
+        "mlp",
+        "patch_embed",
+        "pool",
+    )
     assert kernels == {(arch, operator) for arch in PRODUCT for operator in operators}
 
 
@@ -54,11 +67,7 @@ def test_shared_memory_fits(compiled: dict) -> None:
 
 def test_products_use_the_tensor_cores_meant(compiled: dict) -> None:
     """A tile of fewer than 64 rows is below what wgmma and tcgen05 take, and runs as mma."""
-    products = [
-        r
-        for r in compiled["resources"]
-        if r["kernel"] in ("_product", "_persistent", "_hidden_gradient", "_short", "_long")
-    ]
+    products = [r for r in compiled["resources"] if r["kernel"] in PRODUCTS]
     low = [r for r in products if r["dtype"] in ("bf16", "fp16")]
     wrong = [
         r

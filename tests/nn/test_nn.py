@@ -76,6 +76,19 @@ def test_block_gradients():
             assert_close(p.grad, e)
 
 
+def test_attention_options():
+    """What the operator takes, the module passes on."""
+    attn = nasty.randomize(fnn.Attention(64, 2, qkv_bias=True)).eval()
+    x = torch.randn(2, 12, 64)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[1, 7:] = False
+    alone = torch.cat([attn(x[:1]), attn(x[1:, :7])], 1)
+    masked = attn(x, key_mask=mask)
+    assert_close(torch.cat([masked[:1], masked[1:, :7]], 1), alone.double())
+    windows = attn(x, grid=(4, 3), window=(2, 3))
+    assert_close(windows[:, :6], attn(x[:, :6]).double())
+
+
 def test_attention_mask():
     attn = nasty.randomize(fnn.Attention(64, 2))
     x = nasty.tokens(2, 5, 64, massive=0).float()

@@ -102,6 +102,199 @@ def test_gradients():
     check_gradients("attention", *arguments(2, 5, 2, 8, 7), bias=bias)
 
 
+def normal(*shape, seed=7):
+    return torch.randn(*shape, generator=nasty.generator(seed), dtype=torch.float64)
+
+
+def same_as_bias(q, k, v, bias, **options):
+    """An option that adds `bias` to the logits: in every dtype, forward and backward."""
+    expected = reference.attention(q, k, v, bias=bias)
+    assert_close(ops.attention(q, k, v, **options), expected)
+    for dtype in DTYPES:
+        check("attention", q, k, v, dtype=dtype, **options)
+    check_gradients("attention", q, k, v, **options)
+
+
+def test_key_mask():
+    mask = torch.ones(2, 30, dtype=torch.bool)
+    mask[0, 20:] = False
+    mask[1] = False
+    q, k, v = arguments(2, 9, 2, 16, 30)
+    same_as_bias(q, k, v, torch.zeros(2, 1, 1, 30).masked_fill(~mask[:, None, None], float("-inf")), key_mask=mask)
+    assert not ops.attention(q, k, v, key_mask=mask)[1].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_sequences(dtype):
+    lengths = [3, 0, 17, 1]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    q, k, v = (t[0] for t in arguments(1, 21, 2, 16))
+    out = check("attention", q, k, v, cu_seqlens=bounds, dtype=dtype)
+    low = [t.to(dtype).split([n for n in lengths if n]) for t in (q, k, v)]
+    eager, exact = (
+        torch.cat([reference.attention(*(t.to(d)[None] for t in qkv))[0] for qkv in zip(*low, strict=True)])
+        for d in (dtype, torch.float64)
+    )
+    assert_close(out, exact, eager=eager)
+    packed = torch.stack([q, k, v], 1).flatten(1).to(dtype)
+    assert torch.equal(ops.attention_qkvpacked(packed, 2, cu_seqlens=bounds), out)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope(interleaved):
+    """A rotation of complex numbers; prefix tokens stay."""
+    q, k, v = arguments(2, 13, 2, 16)
+    angle = normal(12, 8)
+    pairs = (lambda t: t.repeat_interleave(2, -1)) if interleaved else (lambda t: torch.cat([t, t], -1))
+    rope = pairs(angle.cos()), pairs(angle.sin())
+
+    def turned(t):
+        pair = t[:, 1:].unflatten(-1, (8, 2) if interleaved else (2, 8))
+        pair = (pair if interleaved else pair.transpose(-1, -2)).contiguous()
+        pair = torch.view_as_real(torch.view_as_complex(pair) * torch.polar(torch.ones_like(angle), angle)[:, None])
+        return torch.cat([t[:, :1], (pair if interleaved else pair.transpose(-1, -2)).flatten(-2)], 1)
+
+    options = {"rope": rope, "rope_interleaved": interleaved}
+    assert_close(ops.attention(q, k, v, **options), reference.attention(turned(q), turned(k), v))
+    low = {"rope": tuple(t.float() for t in rope), "rope_interleaved": interleaved}
+    assert_close(ops.attention(q.float(), k.float(), v.float(), **low), reference.attention(turned(q), turned(k), v))
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_qk_norm(kind):
+    q, k, v = arguments(2, 9, 2, 16)
+    weights = {f"{t}_norm_weight": nasty.vector(16, seed=i, mean=1.0) for i, t in enumerate("qk")}
+    biases = {f"{t}_norm_bias": nasty.vector(16, seed=i) for i, t in enumerate("qk")} if kind == "layer" else {}
+
+    def normed(t, name):
+        shift = t.mean(-1, keepdim=True) if kind == "layer" else 0.0
+        hat = (t - shift) / ((t - shift).square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return hat * weights[f"{name}_norm_weight"] + biases.get(f"{name}_norm_bias", 0.0)
+
+    options = {"qk_norm": kind, "qk_norm_eps": 1e-5, **weights, **biases}
+    assert_close(ops.attention(q, k, v, **options), reference.attention(normed(q, "q"), normed(k, "k"), v))
+    for dtype in DTYPES:
+        check("attention", q, k, v, dtype=dtype, **options)
+    # Without a rotation k_norm_bias has none: it adds the same to all logits of a row.
+    check_gradients("attention", q, k, v, rope=(normal(8, 16).cos(), normal(8, 16).sin()), **options)
+
+
+def test_decomposed_relative_positions():
+    rows, columns = normal(2, 2, 12, 3), normal(2, 2, 12, 4, seed=8)
+    bias = torch.stack([rows[..., n // 4] + columns[..., n % 4] for n in range(12)], -1)
+    q, k, v = arguments(2, 12, 2, 16)
+    assert_close(ops.attention(q, k, v, rel_pos=(rows, columns)), reference.attention(q, k, v, bias=bias))
+    low = [t.float() for t in (q, k, v, rows, columns)]
+    assert_close(ops.attention(*low[:3], rel_pos=(low[3], low[4])), reference.attention(q, k, v, bias=bias))
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_table(prefix):
+    """Entry by entry, as Swin and BEiT number them."""
+    table = normal(5 * 7 + 3 * prefix, 2)
+    n = 12 + prefix
+    bias = torch.empty(2, n, n, dtype=torch.float64)
+    for i in range(n):
+        for j in range(n):
+            (y, x), (v, u) = divmod(i - prefix, 4), divmod(j - prefix, 4)
+            entry = (y - v + 2) * 7 + x - u + 3
+            if prefix and 0 in (i, j):
+                entry = {(True, False): -3, (False, True): -2, (True, True): -1}[i == 0, j == 0]
+            bias[:, i, j] = table[entry]
+    same_as_bias(*arguments(2, n, 2, 16), bias, bias_table=table, grid=(3, 4))
+    index = reference.relative_index(3, 4, prefix)
+    same_as_bias(*arguments(2, n, 2, 16), bias, bias_table=table, bias_index=index)
+
+
+@pytest.mark.parametrize("shift", [(0, 0), (2, 1)])
+def test_windows(shift):
+    """A token sees those of its window, in the shifted image, that were its neighbours before."""
+    height, width, (down, across) = 8, 6, (4, 3)
+    y, x = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+    shifted_y, shifted_x = (y - shift[0]) % height, (x - shift[1]) % width
+    label = torch.stack([shifted_y // down, shifted_x // across, (y < shift[0]).int(), (x < shift[1]).int()])
+    sees = (label[:, :, None] == label[:, None]).all(0)
+    bias = torch.zeros(48, 48, dtype=torch.float64).masked_fill(~sees, float("-inf"))
+    table = normal(7 * 5, 2)
+    local_y, local_x = shifted_y % down, shifted_x % across
+    entry = (local_y[:, None] - local_y + 3) * 5 + local_x[:, None] - local_x + 2
+    options = {"grid": (height, width), "window": (down, across), "shift": shift}
+    same_as_bias(*arguments(2, 48, 2, 16), bias, **options)
+    bias = bias + torch.where(sees[..., None], table[entry.clamp(0, 34)], 0.0).permute(2, 0, 1)
+    same_as_bias(*arguments(2, 48, 2, 16), bias, bias_table=table, **options)
+
+
+@pytest.mark.parametrize(("word", "first"), [(0, 0x6627E8D5), (0xFFFFFFFF, 0x408F276D)])
+def test_philox(word, first):
+    """The known answers of its authors."""
+    counter = torch.tensor(word)
+    seed = torch.tensor([word | word << 32 if word < 2**31 else -1])
+    assert reference.ops.philox(seed, *[counter] * 4).item() == first
+
+
+def test_dropout():
+    q, k, _ = arguments(2, 64, 2, 16)
+    eye = torch.eye(64, dtype=torch.float64)[None, :, None].expand(2, -1, 2, -1)
+    seed = torch.tensor([5])
+    q, k = (torch.nn.functional.pad(t, (0, 48)) for t in (q, k))  # v = 1 shows the weights
+    weights = ops.attention(q, k, eye)
+    dropped = ops.attention(q, k, eye, dropout_p=0.25, dropout_seed=seed)
+    kept = dropped != 0
+    assert abs(kept.double().mean().item() - 0.75) < 0.02
+    assert_close(dropped[kept], weights[kept] / 0.75)
+    assert torch.equal(dropped, ops.attention(q, k, eye, dropout_p=0.25, dropout_seed=seed))
+    torch.manual_seed(3)
+    drawn = ops.attention(q, k, eye, dropout_p=0.25)
+    assert not torch.equal(drawn != 0, kept)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, ops.attention(q, k, eye, dropout_p=0.25))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"key_mask": torch.tensor([[True, False, True, True]])},
+        {"cu_seqlens": torch.tensor([0, 1, 4]).int()},
+        {"rel_pos": (normal(1, 2, 4, 2), normal(1, 2, 4, 2))},
+        {"bias_table": normal(9, 2), "grid": (2, 2)},
+        {"grid": (2, 2), "window": (2, 1), "shift": (1, 0)},
+        {"dropout_p": 0.3, "dropout_seed": torch.tensor([3])},
+        {"qk_norm": "layer", "q_norm_weight": normal(4), "k_norm_bias": normal(4)},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_gradcheck(options):
+    operands = [t.requires_grad_() for t in arguments(1, 4, 2, 4)]
+    names = [n for n, o in options.items() if isinstance(o, torch.Tensor) and o.is_floating_point()]
+
+    def run(q, k, v, *learned):
+        return ops.attention(q, k, v, **options | dict(zip(names, learned, strict=True)))
+
+    assert torch.autograd.gradcheck(run, (*operands, *(options[n].requires_grad_() for n in names)))
+
+
+def test_everything_compiles():
+    options = {"grid": (4, 6), "window": (2, 3), "shift": (1, 1), "qk_norm": "rms", "dropout_p": 0.2}
+    rope = normal(24, 8).float(), normal(24, 8).float()
+    operands = [t.float().requires_grad_() for t in (*arguments(1, 24, 2, 8), normal(15, 2))]
+    seed = torch.tensor([3])
+
+    def run(q, k, v, table):
+        return ops.attention(q, k, v, bias_table=table, rope=rope, dropout_seed=seed, **options)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(run(*operands).square().sum(), operands)
+    actual = torch.autograd.grad(compiled(*operands).square().sum(), operands)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e.double())
+
+
+def test_cpp_says_what_it_lacks():
+    q, k, v = (t.float() for t in arguments(1, 4, 2, 8))
+    with ops.use_backend("cpp"), pytest.raises(RuntimeError, match="scale and bias alone"):
+        ops.attention(q, k, v, dropout_p=0.1)
+
+
 def test_autocast():
     q, k, v = (t.float() for t in arguments(2, 50, 3, 64))
     with torch.autocast("cpu", torch.bfloat16):
@@ -121,6 +314,31 @@ def test_autocast():
         ({"bias": torch.zeros(2, 3, 5, 4)}, ValueError, "bias: shape"),
         ({"bias": torch.zeros(5, 5, dtype=torch.bool)}, TypeError, "bias: dtype"),
         ({"k": torch.zeros(2, 5, 3, 8).double()}, TypeError, "k: dtype"),
+        ({"key_mask": torch.zeros(2, 5)}, TypeError, "key_mask: dtype"),
+        ({"key_mask": torch.zeros(2, 4).bool()}, ValueError, "key_mask: shape"),
+        ({"cu_seqlens": torch.zeros(2).int()}, ValueError, "cu_seqlens: q"),
+        ({"cu_seqlens": torch.zeros(2)}, TypeError, "cu_seqlens: dtype"),
+        (
+            {"cu_seqlens": torch.zeros(2).int(), "bias": torch.zeros(5, 5)},
+            ValueError,
+            "cu_seqlens: not served together with bias",
+        ),
+        ({"rope": (torch.zeros(6, 8), torch.zeros(6, 8))}, ValueError, "rope: shapes"),
+        ({"qk_norm": "batch"}, ValueError, "qk_norm: 'batch'"),
+        ({"q_norm_weight": torch.zeros(8)}, ValueError, "none"),
+        ({"qk_norm": "layer", "k_norm_weight": torch.zeros(7)}, ValueError, "norm_weight: shape"),
+        ({"rel_pos": (torch.zeros(2, 3, 5, 2), torch.zeros(2, 3, 5, 3))}, ValueError, "rel_pos: 2 rows"),
+        ({"bias_table": torch.zeros(9, 3)}, ValueError, "needs bias_index"),
+        ({"bias_table": torch.zeros(9, 3), "grid": (2, 2)}, ValueError, "9 entries"),
+        ({"bias_table": torch.zeros(9, 2), "grid": (2, 2)}, ValueError, "bias_table: shape"),
+        ({"bias_index": torch.zeros(5, 5).int()}, ValueError, "without bias_table"),
+        ({"window": (1, 2)}, ValueError, "grid: None"),
+        ({"shift": (1, 0)}, ValueError, "window: None"),
+        ({"window": (1, 2), "grid": (1, 5)}, ValueError, "window: "),
+        ({"window": (1, 5), "grid": (1, 5), "shift": (0, 5)}, ValueError, "shift: "),
+        ({"window": (1, 5), "grid": (1, 5), "key_mask": torch.ones(2, 5).bool()}, ValueError, "window: not served"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p: 1.0"),
+        ({"dropout_p": 0.5, "dropout_seed": torch.zeros(1)}, TypeError, "dropout_seed"),
     ],
 )
 def test_bad_arguments(change, error, message):

@@ -23,7 +23,15 @@ SAMPLES = {
         None,
         "int8",
     ),
-    "attention": lambda: (*(torch.randn(2, 5, 3, 8) for _ in range(3)), 0.3, torch.randn(5, 5), None),
+    "attention": lambda: (
+        *(torch.randn(2, 5, 3, 8) for _ in range(3)),
+        0.3,
+        torch.randn(5, 5),
+        *(None, None, None, None, False),
+        *("none", None, None, None, None, 1e-6),
+        *(None, None, None, None, None, None, [0, 0]),
+        *(0.0, None, False, None),
+    ),
     "linear_residual": lambda: (
         torch.randn(2, 5, 8),
         torch.randn(6, 8),
