@@ -11,25 +11,27 @@ from torch import Tensor, nn
 
 import fastvit
 
-EPOCHS, BATCH = 25, 64
+EPOCHS, BATCH = 30, 64
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(images, labels) to train on, the same to test on: 1,797 images of 8 x 8, half and half."""
+    """(images, labels) to train on, the same to test on: 1,797 images of 8 x 8, two thirds and one."""
     datasets = pytest.importorskip("sklearn.datasets")
     images, labels = datasets.load_digits(return_X_y=True)
     images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    train, test = order[: len(order) // 2], order[len(order) // 2 :]
+    train, test = order[:1198], order[1198:]
     labels = torch.tensor(labels)
     return images[train], labels[train], images[test], labels[test]
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor) -> nn.Module:
+def train(model: fastvit.FastViT, images: Tensor, labels: Tensor) -> fastvit.FastViT:
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)  # a width of 96 learns slowly from the usual 0.02
+            # So narrow a model learns slowly from the usual 0.02.
+            nn.init.xavier_uniform_(module.weight)
+    nn.init.normal_(model.pos_embed, std=0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     steps = EPOCHS * -(-len(images) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
@@ -61,7 +63,8 @@ def test_int8_keeps_the_accuracy(one_thread):
     images, labels, test_images, test_labels = digits()
     torch.manual_seed(0)
     size = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 96, "depth": 3, "num_heads": 3}
-    model = fastvit.create_model("vit_tiny_patch16_224", num_classes=10, **size)
+    size |= {"global_pool": "avg", "num_classes": 10}
+    model = fastvit.create_model("vit_tiny_patch16_224", **size)
     fastvit.optimize(model, strict=True)
     train(model, images, labels)
     assert all(row.status == "fused" for row in fastvit.report(model).rows)
