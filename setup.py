@@ -34,18 +34,24 @@ CSRC = ROOT / "csrc"
 # The first line of a source that is compiled once per instruction set.
 PER_ISA_MARK = "// fastvit: per-isa"
 
+AVX2 = ["-mavx2", "-mfma"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+AVX512_BF16 = [*AVX512, "-mavx512vnni", "-mavx512bf16"]
 # The levels of each architecture, from the plainest to the best, and what compiles them (csrc/cpu/machine.cpp knows
 # which a machine has). Every CPU with AVX512-BF16 has VNNI, and every arm64 server with BF16 has I8MM.
 ISA_FLAGS: dict[str, dict[str, list[str]]] = {
     "x86_64": {
         "scalar": [],
-        "avx2": ["-mavx2", "-mfma"],
+        "avx2": AVX2,
+        "avx_vnni": [*AVX2, "-mavxvnni"],
         "avx512": AVX512,
-        "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+        "avx512_vnni": [*AVX512, "-mavx512vnni"],
+        "avx512_bf16": AVX512_BF16,
+        "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
     },
     "arm64": {
         "neon": [],
+        "neon_dotprod": ["-march=armv8.2-a+dotprod"],
         "neon_bf16": ["-march=armv8.2-a+dotprod+bf16+i8mm"],
     },
     "other": {"scalar": []},

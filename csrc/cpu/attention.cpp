@@ -114,8 +114,8 @@ class Attention {
     chunk_ = round_up(ceil_div(keys_, chunks), kPanel);
 
     const int64_t splits =
-        max(split_rows(queries_, batch_ * heads_, threads), ceil_div(queries_, 480));
-    block_ = round_up(ceil_div(queries_, splits), kRows);
+        max(split_rows<P>(queries_, batch_ * heads_, threads), ceil_div(queries_, 480));
+    block_ = round_up(ceil_div(queries_, splits), P::kRows);
     const int64_t blocks = ceil_div(queries_, block_);
 
     ldq_ = row_bytes(head_dim_ * sizeof(Element)) / sizeof(Element);
@@ -152,8 +152,8 @@ class Attention {
     w.q = take.array<Element>(in_place_ ? 0 : block_ * ldq_);
     w.k = take.array<Element>(round_up(head_dim_, P::kPair) * chunk_);
     w.v = take.array<Element>(chunk_ * ldo_);
-    w.p = take.array<Element>(P::kPair == 1 ? 0 : kRows * ldp_);
-    w.scores = take.array<float>(kRows * lds_);
+    w.p = take.array<Element>(P::kPair == 1 ? 0 : P::kRows * ldp_);
+    w.scores = take.array<float>(P::kRows * lds_);
     w.out = take.array<float>(block_ * ldo_);
     w.row_max = take.array<float>(block_);
     w.row_sum = take.array<float>(block_);
@@ -195,11 +195,11 @@ class Attention {
       const int64_t keys = min(chunk_, keys_ - k0);
       pack_keys(w, sample, head, k0, keys);
       pack_values(w, sample, head, k0, keys);
-      for (int64_t r = begin; r < end; r += kRows) {
-        const int64_t rows = min(kRows, end - r);
-        prefetch(args_.q, next, r, min(r + kRows, queries_));
-        prefetch(args_.k, next, k0 + r - begin, min(k0 + r - begin + kRows, keys_));
-        prefetch(args_.v, next, k0 + r - begin, min(k0 + r - begin + kRows, keys_));
+      for (int64_t r = begin; r < end; r += P::kRows) {
+        const int64_t rows = min(P::kRows, end - r);
+        prefetch(args_.q, next, r, min(r + P::kRows, queries_));
+        prefetch(args_.k, next, k0 + r - begin, min(k0 + r - begin + P::kRows, keys_));
+        prefetch(args_.v, next, k0 + r - begin, min(k0 + r - begin + P::kRows, keys_));
         score(w, q.rows + (r - begin) * q.ld, q.ld, rows, keys);
         softmax(w, bias, r - begin, rows, r, k0, keys);
         weigh(w, r - begin, rows, keys, k0 > 0);
@@ -293,7 +293,7 @@ class Attention {
       scale = bias.view ? kLog2e : -scale;
     }
     const int64_t whole = keys / kLanes * kLanes, left = keys - whole;
-    float highest[kRows];
+    float highest[P::kRows];
     for (int64_t i = 0; i < rows; ++i) {
       const float* s = w.scores + i * lds_;
       f32v best[4] = {set1(-kInfinity), set1(-kInfinity), set1(-kInfinity), set1(-kInfinity)};
@@ -405,7 +405,7 @@ class Attention {
 }  // namespace
 
 void attention(const AttentionArgs& args) {
-  args.compute == Compute::kBF16 ? Attention<ProductBF16>(args).run()
+  args.compute == Compute::kBF16 ? Attention<VectorBF16>(args).run()
                                  : Attention<ProductF32>(args).run();
 }
 

@@ -91,7 +91,7 @@ struct AddResidual {
   }
 
   void operator()(const float* tile, int64_t row, int64_t rows, int64_t col, int64_t cols) const {
-    float scale[kRows];
+    float scale[kMostRows];
     for (int64_t i = 0; i < rows; ++i) {
       scale[i] = row_scale ? row_scale[(first_row + row + i) / rows_per_sample] : 1.0f;
     }

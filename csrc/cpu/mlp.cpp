@@ -58,9 +58,7 @@ void run(const MlpArgs& args) {
 
   const int64_t block = packed_rows<P>(max(m, 1), hidden), ld = packed_ld<P>(hidden);
   auto* packed = static_cast<Element*>(scratch(Slot::kHidden, block * ld * sizeof(Element)));
-  for (int64_t row = 0; row < block && hidden % P::kPair != 0; ++row) {
-    packed[row * ld + hidden] = Element{};
-  }
+  for (int64_t row = 0; row < block; ++row) pad_row<P>(packed + row * ld, hidden);
   for (int64_t row = 0; row < m; row += block) {
     const int64_t rows = min(block, m - row);
     source.x = x.from(row);

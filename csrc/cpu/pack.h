@@ -4,7 +4,8 @@
 // units, a unit being kPair consecutive k of one column (f32: 1, bf16: 2, int8: 4). Packing
 // transposes in registers, kLanes columns by kLanes steps at a time, and converts the dtype on the
 // way. It costs about as much as 4 rows of the product, which is why nothing packed is ever kept
-// between calls.
+// between calls. For products by tiles, whose B tile is 16 steps of 16 columns, zeros fill up the
+// last 16 steps.
 
 #pragma once
 
@@ -36,7 +37,7 @@ static typename P::Accumulator pack_columns(const T* rows, int64_t ld, int64_t c
 #pragma GCC unroll 16
       for (int s = 0; s < kLanes; ++s) sums = P::mac(P::ones(), (typename P::Unit)r[s], sums);
     }
-    const int64_t steps = min(kLanes, ceil_div(left, P::kPair));
+    const int64_t steps = min(kLanes, round_up(ceil_div(left, P::kPair), P::kSteps));
     typename P::Element* out = panel + k0 / P::kPair * line;
     if (steps == kLanes) {
 #pragma GCC unroll 16

@@ -7,7 +7,7 @@
 //     all threads: for each (row chunk, panel) task
 //       for each chunk of K                            sized so that the packed panel stays in L2
 //         pack the panel's weights                     64 columns x kc
-//         for each group of 6 rows
+//         for each group of 6 rows                     32, where the product is one by AMX tiles
 //           micro-kernel: 6 x 64 tile                  24 accumulators, B from L2, A from L1
 //           after the last chunk: epilogue(tile)       bias, activation, residual, store
 //
@@ -26,7 +26,7 @@ namespace fastvit::cpu::FASTVIT_ISA {
 
 // ---- Micro-kernel -------------------------------------------------------------------------------
 
-// What the micro-kernel fetches into L2 in passing, a little every kUnroll steps: the rows of A
+// What the micro-kernel fetches into L2 in passing, a little every kUnroll steps: the P::kRows of A
 // that come next, the weights that will be packed next (at step s, byte s * step of `count` rows),
 // and the rows that the epilogue of this tile will read or write. Asked for all at once, they would
 // stall.
@@ -39,10 +39,13 @@ struct Prefetch {
   int64_t count = 0;
   TileRows tiles[2] = {};
 
-  template <int MR>
+  template <class P, int MR>
   FASTVIT_INLINE_METHOD void at(int64_t s) const {
+    constexpr int64_t kStepBytes = 4 * P::kRows;
     if (a) {
-      for (int64_t i = 0; i < kRows / 2; ++i) __builtin_prefetch(a + s * kRows * 4 + i * 64, 0, 2);
+      for (int64_t i = 0; i < kStepBytes * kUnroll / 64; ++i) {
+        __builtin_prefetch(a + s * kStepBytes + i * 64, 0, 2);
+      }
     }
     for (int64_t i = 0; i < count; ++i) __builtin_prefetch(weights + i * ld + s * step, 0, 2);
     if (s < MR * kUnroll) {
@@ -101,7 +104,7 @@ static void micro_kernel(int64_t steps, const typename P::Element* a, int64_t ld
   constexpr int kUnroll = Prefetch::kUnroll;
   int64_t s = 0;
   for (; s + kUnroll <= steps; s += kUnroll) {
-    prefetch.at<MR>(s);
+    prefetch.at<P, MR>(s);
 #pragma GCC unroll 8
     for (int i = 0; i < kUnroll; ++i) step();
   }
@@ -131,7 +134,89 @@ static void micro_kernel(int64_t steps, const typename P::Element* a, int64_t ld
   }
 }
 
-// The kernels of a product by [rows - 1][vectors - 1].
+#if defined(FASTVIT_TILES)
+// c[16 R][16 C] (+)= a[16 R][16 blocks] * b[16 blocks][16 C], in tiles. C takes tiles 0 to 3, A 4
+// and 5, B 6 and 7. `visit` is called once per block.
+template <class P, int R, int C, class Visit>
+FASTVIT_INLINE void multiply_tiles(int64_t blocks, const typename P::Element* a, int64_t lda,
+                                   const typename P::Element* b, int64_t ldb, float* c, int64_t ldc,
+                                   bool accumulate, const Visit& visit) {
+  constexpr int64_t kTileRows = 16, kDepth = P::kSteps * P::kPair;
+  const int64_t a_bytes = lda * static_cast<int64_t>(sizeof(typename P::Element));
+  const int64_t b_bytes = ldb * static_cast<int64_t>(sizeof(typename P::Element));
+  const int64_t c_bytes = ldc * static_cast<int64_t>(sizeof(float));
+  float* below = c + kTileRows * ldc;
+  if (accumulate) {
+    amx::load_tile<0>(c, c_bytes);
+    if constexpr (C == 2) amx::load_tile<1>(c + kLanes, c_bytes);
+    if constexpr (R == 2) amx::load_tile<2>(below, c_bytes);
+    if constexpr (R == 2 && C == 2) amx::load_tile<3>(below + kLanes, c_bytes);
+  } else {
+    amx::zero_tile<0>();
+    if constexpr (C == 2) amx::zero_tile<1>();
+    if constexpr (R == 2) amx::zero_tile<2>();
+    if constexpr (R == 2 && C == 2) amx::zero_tile<3>();
+  }
+  for (int64_t block = 0; block < blocks; ++block) {
+    visit(block);
+    amx::load_tile<4>(a, a_bytes);
+    amx::load_tile<6>(b, b_bytes);
+    P::template dot<0, 4, 6>();
+    if constexpr (C == 2) {
+      amx::load_tile<7>(b + kLanes * P::kPair, b_bytes);
+      P::template dot<1, 4, 7>();
+    }
+    if constexpr (R == 2) {
+      amx::load_tile<5>(a + kTileRows * lda, a_bytes);
+      P::template dot<2, 5, 6>();
+      if constexpr (C == 2) P::template dot<3, 5, 7>();
+    }
+    a += kDepth;
+    b += P::kSteps * ldb;
+  }
+  amx::store_tile<0>(c, c_bytes);
+  if constexpr (C == 2) amx::store_tile<1>(c + kLanes, c_bytes);
+  if constexpr (R == 2) amx::store_tile<2>(below, c_bytes);
+  if constexpr (R == 2 && C == 2) amx::store_tile<3>(below + kLanes, c_bytes);
+}
+
+// `micro_kernel` by tiles, for R x 16 rows of A and of c: there is room for those that don't exist.
+//
+// 2 x 2 tiles take four products, of 16 cycles each, for four loads, of 8: the loads hide. 1 x 4
+// would take five, and read B, which comes from L2, once per 16 rows instead of 32. A panel of 64
+// columns is two halves, the second of which finds A in L1.
+template <class P, int R, int NV>
+static void tile_kernel(int64_t steps, const typename P::Element* a, int64_t lda,
+                        const typename P::Element* b, float* c, int64_t ldc, bool accumulate,
+                        const Scales& scales, const Prefetch& prefetch) {
+  constexpr int64_t kRows = 16 * R, ldb = NV * kLanes * P::kPair;
+  const int64_t blocks = ceil_div(steps, P::kSteps);
+  const auto fetch = [&](int64_t block) __attribute__((always_inline)) {
+    for (int64_t s = 0; s < P::kSteps; s += Prefetch::kUnroll) {
+      prefetch.at<P, kRows>(block * P::kSteps + s);
+    }
+  };
+  const auto nothing = [](int64_t) {};
+  constexpr int kFirst = NV < 2 ? 1 : 2;
+  multiply_tiles<P, R, kFirst>(blocks, a, lda, b, ldb, c, ldc, accumulate, fetch);
+  if constexpr (NV > 2) {
+    multiply_tiles<P, R, NV - 2>(blocks, a, lda, b + 2 * kLanes * P::kPair, ldb, c + 2 * kLanes,
+                                 ldc, accumulate, nothing);
+  }
+  if constexpr (P::kQuantized) {
+    if (scales.rows == nullptr) return;
+    for (int64_t i = 0; i < kRows; ++i, c += ldc) {
+      const f32v row = set1(scales.rows[i]);
+      for (int j = 0; j < NV; ++j) {
+        const auto sum = (i32v)load(c + j * kLanes);
+        store(c + j * kLanes, to_float(sum) * (load(scales.columns + j * kLanes) * row));
+      }
+    }
+  }
+}
+#endif
+
+// The kernels of a product by rows and vectors, from one of each on.
 template <class P>
 struct MicroKernels {
   using Function = void (*)(int64_t steps, const typename P::Element* a, int64_t lda,
@@ -152,29 +237,39 @@ struct MicroKernels {
   };
 
   FASTVIT_INLINE Function get(int64_t rows, int64_t vectors) {
-    static constexpr Row<1> k1;
-    static constexpr Row<2> k2;
-    static constexpr Row<3> k3;
-    static constexpr Row<4> k4;
-    static constexpr Row<5> k5;
-    static constexpr Row<6> k6;
-    static constexpr const Function* kTable[kRows] = {k1.at, k2.at, k3.at, k4.at, k5.at, k6.at};
-    return kTable[rows - 1][vectors - 1];
+#if defined(FASTVIT_TILES)
+    if constexpr (P::kTiles) {
+      static constexpr Function kTable[2][kVectors] = {
+          {tile_kernel<P, 1, 1>, tile_kernel<P, 1, 2>, tile_kernel<P, 1, 3>, tile_kernel<P, 1, 4>},
+          {tile_kernel<P, 2, 1>, tile_kernel<P, 2, 2>, tile_kernel<P, 2, 3>, tile_kernel<P, 2, 4>}};
+      return kTable[rows > 16][vectors - 1];
+    }
+#endif
+    if constexpr (!P::kTiles) {
+      static constexpr Row<1> k1;
+      static constexpr Row<2> k2;
+      static constexpr Row<3> k3;
+      static constexpr Row<4> k4;
+      static constexpr Row<5> k5;
+      static constexpr Row<6> k6;
+      static constexpr const Function* kTable[P::kRows] = {k1.at, k2.at, k3.at,
+                                                           k4.at, k5.at, k6.at};
+      return kTable[rows - 1][vectors - 1];
+    }
   }
 };
 
 // ---- Work splitting -----------------------------------------------------------------------------
 
-constexpr double kPackRows = 4.5;  // what packing costs, in rows of product (measured)
-
 // Into how many chunks to split `rows` so that `panels` x chunks tasks keep all threads busy. The
 // last tasks to finish cost a fraction of a task on top: cores are never equally fast.
-FASTVIT_INLINE int64_t split_rows(int64_t rows, int64_t panels, int threads) {
+template <class P>
+static int64_t split_rows(int64_t rows, int64_t panels, int threads) {
   if (threads == 1) return 1;
   int64_t best = 1;
   double best_cost = 0;
-  for (int64_t chunks = 1; chunks <= ceil_div(rows, 4 * kRows) && chunks <= 64; ++chunks) {
-    const double task = static_cast<double>(ceil_div(rows, chunks)) + kPackRows;
+  for (int64_t chunks = 1; chunks <= ceil_div(rows, 4 * P::kRows) && chunks <= 64; ++chunks) {
+    const double task = static_cast<double>(ceil_div(rows, chunks)) + P::kPackRows;
     const double cost = (static_cast<double>(ceil_div(panels * chunks, threads)) + 0.25) * task;
     if (chunks == 1 || cost < best_cost) best = chunks, best_cost = cost;
   }
@@ -199,11 +294,17 @@ template <class P>
 static int64_t packed_rows(int64_t m, int64_t k) {
   const int64_t bytes = max(min(cache_sizes().l3 / 2, int64_t{16} << 20), int64_t{2} << 20);
   const int64_t row = packed_ld<P>(k) * static_cast<int64_t>(sizeof(typename P::Element));
-  const int64_t most = max(bytes / row, 8 * kRows);
-  return round_up(ceil_div(m, ceil_div(m, most)), kRows);
+  const int64_t most = max(bytes / row, 8 * P::kRows);
+  return round_up(ceil_div(m, ceil_div(m, most)), P::kRows);
 }
 
-// A source of rows that are packed already: `packed_ld` apart, zero up to the next whole kPair.
+// Zeros behind the k elements of a packed row, as far as the micro-kernel reads.
+template <class P>
+FASTVIT_INLINE void pad_row(typename P::Element* row, int64_t k) {
+  for (; k % (P::kPair * P::kSteps) != 0; ++k) row[k] = typename P::Element{};
+}
+
+// A source of rows that are packed already: `packed_ld` apart, padded, and room for whole kRows.
 template <class P>
 struct PackedRows {
   typename P::Element* rows;
@@ -306,6 +407,7 @@ template <class P, class Source, class Epilogue>
 static void product(int64_t m, const Weight& w, int requested_threads, const Source& source,
                     const Epilogue& epilogue) {
   using Element = typename P::Element;
+  constexpr int64_t kRows = P::kRows;
   if (m == 0 || w.n == 0) return;
   const ThreadLease lease(requested_threads);
   const int threads = lease.threads;
@@ -323,7 +425,7 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
 
   const int64_t panel_columns = w.panel_columns();
   const int64_t panels = ceil_div(w.n, panel_columns);
-  const int64_t chunks = split_rows(min(block_rows, m), panels, threads);
+  const int64_t chunks = split_rows<P>(min(block_rows, m), panels, threads);
   const int64_t chunk_rows = round_up(ceil_div(min(block_rows, m), chunks), kRows);
 
   const int64_t panel_elements = (kc / P::kPair + P::kHasSums) * kPanel * P::kPair;
@@ -390,6 +492,7 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
 
 #pragma omp parallel num_threads(threads)
   {
+    [[maybe_unused]] const typename P::Registers registers{};
     const ProductWorker<P> worker = carve(workers + FASTVIT_THREAD_INDEX * worker_bytes);
     for (int64_t block = 0; block < m; block += block_rows) {
       if (block > 0) {  // the region's end is barrier enough for the last block
@@ -405,7 +508,7 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
           } else {
             source(block + r, row);
           }
-          for (int64_t k = w.k; k % P::kPair != 0; ++k) row[k] = Element{};
+          pad_row<P>(row, w.k);
         }
       }
 #pragma omp for schedule(dynamic, 1) nowait

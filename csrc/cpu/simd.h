@@ -10,6 +10,8 @@
 //   avx512*       __m512             16      4         64               24 of 32 registers
 //   neon*         float32x4_t        4       4         16               24 of 32 registers
 //
+// amx is avx512 with other products of bf16 and int8: by tiles, of 32 rows (product.h).
+//
 // +, -, *, / and comparisons are the compiler's own operators on vector types.
 
 #pragma once
@@ -32,6 +34,11 @@
 
 #define FASTVIT_INLINE static inline __attribute__((always_inline))
 #define FASTVIT_INLINE_METHOD inline __attribute__((always_inline))
+
+#if defined(__AMX_TILE__) || defined(FASTVIT_AMX_STAND_IN)
+#define FASTVIT_TILES 1
+#include "amx.h"
+#endif
 
 namespace fastvit::cpu::FASTVIT_ISA {
 
@@ -346,15 +353,45 @@ FASTVIT_INLINE float reduce_max(f32v v) {
 
 FASTVIT_INLINE float first_lane(f32v v) { return v[0]; }
 
-constexpr int kPanel = kVectors * kLanes;  // columns a micro-kernel finishes at once
-constexpr int kRows = 6;                   // rows it finishes at once
+constexpr int kPanel = kVectors * kLanes;  // columns of a panel, the most a micro-kernel finishes
 
 // ---- Product traits -----------------------------------------------------------------------------
 //
 // A product reads A row by row and B as panels. One step consumes kPair consecutive k: `Unit` lanes
 // of 32 bits hold one f32, or two bf16 that the instruction multiplies and adds at once.
 
-struct FloatAccumulators {
+// What the loops around a micro-kernel of vectors know of it.
+struct ByVectors {
+  static constexpr bool kTiles = false;
+  static constexpr int kRows = 6;   // rows that it finishes at once
+  static constexpr int kSteps = 1;  // steps that it takes at once
+  // What packing a panel costs, in rows of product (measured).
+  static constexpr double kPackRows = 4.5;
+  struct Registers {};  // what a thread holds that uses it
+};
+
+#if defined(FASTVIT_TILES)
+// A product by tiles: packed rows and panels are those of the product by vectors, P, but for zeros
+// up to whole blocks of kSteps, because a tile can't be loaded in part.
+template <class P>
+struct ByTiles : P {
+  static constexpr bool kTiles = true;
+  static constexpr int kRows = 32, kSteps = 16;
+  // Not measured: packing costs the same, and a row of product an eighth.
+  static constexpr double kPackRows = 8 * P::kPackRows;
+  struct Registers {
+    FASTVIT_INLINE_METHOD Registers() { amx::configure(); }
+    FASTVIT_INLINE_METHOD ~Registers() { amx::release(); }
+    Registers(const Registers&) = delete;
+    Registers& operator=(const Registers&) = delete;
+  };
+};
+constexpr int kMostRows = 32;  // of any product
+#else
+constexpr int kMostRows = ByVectors::kRows;
+#endif
+
+struct FloatAccumulators : ByVectors {
   using Accumulator = f32v;
   static constexpr bool kQuantized = false;
   static constexpr bool kHasSums = false;
@@ -388,9 +425,9 @@ struct ProductF32 : FloatAccumulators {
 };
 
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-struct ProductBF16 : FloatAccumulators, ProductBfdot {};
+struct VectorBF16 : FloatAccumulators, ProductBfdot {};
 #elif defined(__AVX512BF16__)
-struct ProductBF16 : FloatAccumulators {
+struct VectorBF16 : FloatAccumulators {
   using Element = bf16;
   using Unit = __m512bh;
   static constexpr int kPair = 2;
@@ -437,43 +474,95 @@ struct ProductBF16 : FloatAccumulators {
   }
 };
 #else
-using ProductBF16 = ProductF32;  // without the instruction, bf16 inputs are multiplied as f32
+using VectorBF16 = ProductF32;  // without the instruction, bf16 inputs are multiplied as f32
 #endif
 
-struct IntAccumulators {
+// What linear layers use. Attention stays with vectors: its products are short and narrow, it reads
+// queries where they lie, unpadded, and shares its rows with the softmax.
+#if defined(FASTVIT_TILES)
+struct ProductBF16 : ByTiles<VectorBF16> {
+  template <int C, int A, int B>
+  FASTVIT_INLINE void dot() {
+    amx::dot_bf16<C, A, B>();
+  }
+};
+#else
+using ProductBF16 = VectorBF16;
+#endif
+
+struct IntAccumulators : ByVectors {
   using Accumulator = i32v;
   static constexpr bool kQuantized = true;
 
   FASTVIT_INLINE f32v bits(i32v v) { return (f32v)v; }
 };
 
-#if defined(__AVX512VNNI__)
-// The instruction multiplies unsigned by signed bytes, so A is shifted up by 128, and the product
-// that adds is taken off again: a panel brings -128 times the sum of each of its columns.
-struct ProductI8 : IntAccumulators {
+#if defined(FASTVIT_TILES)
+// TDPBSSD multiplies signed by signed bytes: nothing to shift, no sums.
+struct Bytes : IntAccumulators {
   using Element = int8_t;
-  using Unit = __m512i;
   static constexpr int kPair = 4;
-  static constexpr bool kHasSums = true;
-  static constexpr int kShift = 128;
+  static constexpr bool kHasSums = false;
 
-  FASTVIT_INLINE Unit load_unit(const Element* p) { return _mm512_loadu_si512(p); }
-  FASTVIT_INLINE Unit broadcast(const Element* p) {
-    int32_t four;
-    __builtin_memcpy(&four, p, 4);
-    return _mm512_set1_epi32(four);
-  }
-  FASTVIT_INLINE i32v mac(Unit a, Unit b, i32v c) {
-    return (i32v)_mm512_dpbusd_epi32((__m512i)c, a, b);
-  }
-  FASTVIT_INLINE Unit ones() { return _mm512_set1_epi8(1); }
-
-  FASTVIT_INLINE void store_row(Element* p, i32v v) { store_bytes(p, v + kShift); }
+  FASTVIT_INLINE void store_row(Element* p, i32v v) { store_bytes(p, v); }
   FASTVIT_INLINE f32v load_steps(const int8_t* p, int64_t n) {
     if (n >= 4 * kLanes) return _mm512_castsi512_ps(_mm512_loadu_si512(p));
     return _mm512_castsi512_ps(_mm512_maskz_loadu_epi8((uint64_t{1} << n) - 1, p));
   }
 };
+struct ProductI8 : ByTiles<Bytes> {
+  template <int C, int A, int B>
+  FASTVIT_INLINE void dot() {
+    amx::dot_i8<C, A, B>();
+  }
+};
+#elif defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+// The instruction multiplies unsigned by signed bytes, so A is shifted up by 128, and the product
+// that adds is taken off again: a panel brings -128 times the sum of each of its columns.
+struct ProductI8 : IntAccumulators {
+  using Element = int8_t;
+  static constexpr int kPair = 4;
+  static constexpr bool kHasSums = true;
+  static constexpr int kShift = 128;
+
+#if defined(__AVX512VNNI__)
+  using Unit = __m512i;
+  FASTVIT_INLINE Unit load_unit(const Element* p) { return _mm512_loadu_si512(p); }
+  FASTVIT_INLINE Unit all(int32_t four) { return _mm512_set1_epi32(four); }
+  FASTVIT_INLINE i32v mac(Unit a, Unit b, i32v c) {
+    return (i32v)_mm512_dpbusd_epi32((__m512i)c, a, b);
+  }
+  FASTVIT_INLINE f32v load_steps(const int8_t* p, int64_t n) {
+    if (n >= 4 * kLanes) return _mm512_castsi512_ps(_mm512_loadu_si512(p));
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi8((uint64_t{1} << n) - 1, p));
+  }
+#else
+  using Unit = __m256i;
+  FASTVIT_INLINE Unit load_unit(const Element* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  FASTVIT_INLINE Unit all(int32_t four) { return _mm256_set1_epi32(four); }
+  FASTVIT_INLINE i32v mac(Unit a, Unit b, i32v c) {
+    return (i32v)_mm256_dpbusd_avx_epi32((__m256i)c, a, b);
+  }
+  FASTVIT_INLINE f32v load_steps(const int8_t* p, int64_t n) {
+    if (n >= 4 * kLanes) return _mm256_castsi256_ps(load_unit(p));
+    int8_t some[4 * kLanes] = {};
+    for (int64_t i = 0; i < n; ++i) some[i] = p[i];
+    return _mm256_castsi256_ps(load_unit(some));
+  }
+#endif
+
+  FASTVIT_INLINE Unit broadcast(const Element* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return all(four);
+  }
+  FASTVIT_INLINE Unit ones() { return all(0x01010101); }
+  FASTVIT_INLINE void store_row(Element* p, i32v v) { store_bytes(p, v + kShift); }
+};
+#elif defined(__aarch64__)
+struct ProductI8 : IntAccumulators, ProductOfIntegers {};
 #else
 // Without byte instructions the products are of 16 bits, two to a step, which no sum overflows.
 struct ProductI8 : IntAccumulators {

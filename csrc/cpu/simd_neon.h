@@ -178,4 +178,53 @@ struct ProductBfdot {
 };
 #endif
 
+#if defined(__ARM_FEATURE_DOTPROD)
+// SDOT multiplies signed by signed bytes: nothing to shift, no sums.
+struct ProductOfIntegers {
+  using Element = int8_t;
+  using Unit = int8x16_t;
+  static constexpr int kPair = 4;
+  static constexpr bool kHasSums = false;
+
+  FASTVIT_INLINE Unit load_unit(const Element* p) { return vld1q_s8(p); }
+  FASTVIT_INLINE Unit broadcast(const Element* p) { return vreinterpretq_s8_f32(load_first(p)); }
+  FASTVIT_INLINE i32v mac(Unit a, Unit b, i32v c) { return vdotq_laneq_s32(c, b, a, 0); }
+
+  FASTVIT_INLINE void store_row(Element* p, i32v v) { store_bytes(p, v); }
+  FASTVIT_INLINE f32v load_steps(const int8_t* p, int64_t n) {
+    if (n >= 4 * kLanes) return vreinterpretq_f32_s8(vld1q_s8(p));
+    int8_t some[4 * kLanes] = {};
+    for (int64_t i = 0; i < n; ++i) some[i] = p[i];
+    return vreinterpretq_f32_s8(vld1q_s8(some));
+  }
+};
+#else
+// SMLAL multiplies 16-bit integers to 32-bit sums. It takes one k of four columns, so a line of
+// pairs is sorted into its first and its second k when it is loaded. Multiplying 32-bit lanes takes
+// as many instructions, each of them at half the rate (Cortex-A72, Neoverse N1), and shifts.
+struct ProductOfIntegers {
+  using Element = int16_t;
+  using Unit = int16x8_t;
+  static constexpr int kPair = 2;
+  static constexpr bool kHasSums = false;
+
+  FASTVIT_INLINE Unit load_unit(const Element* p) {
+    const uint8_t order[16] = {0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15};
+    return vreinterpretq_s16_u8(vqtbl1q_u8(vreinterpretq_u8_s16(vld1q_s16(p)), vld1q_u8(order)));
+  }
+  FASTVIT_INLINE Unit broadcast(const Element* p) { return vreinterpretq_s16_f32(load_first(p)); }
+  FASTVIT_INLINE i32v mac(Unit a, Unit b, i32v c) {
+    return vmlal_high_laneq_s16(vmlal_laneq_s16(c, vget_low_s16(b), a, 0), b, a, 1);
+  }
+
+  FASTVIT_INLINE void store_row(Element* p, i32v v) { store_words(p, v); }
+  FASTVIT_INLINE f32v load_steps(const int8_t* p, int64_t n) {
+    if (n >= 2 * kLanes) return vreinterpretq_f32_s16(vmovl_s8(vld1_s8(p)));
+    int8_t some[2 * kLanes] = {};
+    for (int64_t i = 0; i < n; ++i) some[i] = p[i];
+    return vreinterpretq_f32_s16(vmovl_s8(vld1_s8(some)));
+  }
+};
+#endif
+
 }  // namespace fastvit::cpu::FASTVIT_ISA

@@ -19,7 +19,7 @@ MODES = ("token", "avg", "norm_avg")
 
 
 # Levels that multiply bf16 as bf16; elsewhere it is multiplied as f32.
-BF16_PRODUCTS = ("avx512_bf16", "neon_bf16")
+BF16_PRODUCTS = ("avx512_bf16", "amx", "neon_bf16")
 
 kernels: Any = _C
 

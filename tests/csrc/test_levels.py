@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +201,7 @@ def test_levels_of_arm64_agree(arm64_driver: Path, monkeypatch: pytest.MonkeyPat
             call.norm_linear(x, w, norm="layer", compute=dtype) for dtype in (torch.float32, torch.bfloat16)
         ]
     assert torch.equal(results["neon"][0], results["neon_bf16"][0])
+    assert all(map(torch.equal, results["neon"], results["neon_dotprod"]))
     assert not torch.equal(results["neon"][1], results["neon_bf16"][1])  # BFDOT was used
 
 
@@ -221,15 +223,19 @@ def test_a_read_beyond_an_array_kills_the_driver(arm64_driver: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "level, product, mac",
+    "level, product, mac, macs, spilled",
     [
-        ("neon", "ProductF32", r"fmla\tv\d+\.4s, v\d+\.4s, v\d+\.s\[0\]"),
-        ("neon_bf16", r"ProductB\w+", r"bfdot\tv\d+\.4s, v\d+\.8h, v\d+\.2h\[0\]"),
+        ("neon", "ProductF32", r"fmla\tv\d+\.4s, v\d+\.4s, v\d+\.s\[0\]", 1, 0),
+        # Elements of A must lie in one half of the registers here, and GCC 12 is a register short in eight steps.
+        ("neon", "ProductI8", r"smlal2?\tv\d+\.4s, v\d+\.[48]h, v\d+\.h\[[01]\]", 2, 2),
+        ("neon_dotprod", "ProductI8", r"sdot\tv\d+\.4s, v\d+\.16b, v\d+\.4b\[0\]", 1, 0),
+        ("neon_bf16", "VectorBF16", r"bfdot\tv\d+\.4s, v\d+\.8h, v\d+\.2h\[0\]", 1, 0),
     ],
 )
 def test_the_micro_kernel_of_arm64_multiplies_by_element_without_spills(
-    arm64_driver: Path, level: str, product: str, mac: str
+    arm64_driver: Path, level: str, product: str, mac: str, macs: int, spilled: int
 ) -> None:
+    """macs: instructions per multiply-add of a vector.  spilled: loads and stores of vectors that spill."""
     objdump = "aarch64-linux-gnu-objdump"
     try:
         require(objdump, "binutils-aarch64-linux-gnu")
@@ -246,10 +252,48 @@ def test_the_micro_kernel_of_arm64_multiplies_by_element_without_spills(
     # The longest stretch without a jump is the loop's body: eight steps of 24 multiply-adds.
     blocks = re.split(r"\n[^\n]*\t(?:b|b\.\w+|cbn?z|tbn?z|ret)\s[^\n]*", kernel)
     body = max(blocks, key=len).splitlines()
-    macs = [line for line in body if re.search(mac, line)]
+    done = [line for line in body if re.search(mac, line)]
     spills = [line for line in body if re.search(r"\t(?:ld|st)\w+\t[qdsv]\d+.*\[sp", line)]
-    loads = [line for line in body if re.search(r"\tldu?r\ts\d+|\tldp\tq\d+", line)]
-    assert len(macs) == 8 * 24
-    assert len(loads) == 8 * (6 + 2)
-    assert len(macs) > 0.6 * len(body), f"{len(body)} instructions for {len(macs)} multiply-adds"
-    assert not spills, "\n".join(spills)
+    elements = [line for line in body if re.search(r"\tldu?r\ts\d+", line)]  # of A
+    vectors = [line for line in body if re.search(r"\tld(?:p|u?r)\tq\d+", line) and line not in spills]  # of B
+    assert len(done) == 8 * 24 * macs
+    assert len(elements) == 8 * 6
+    assert sum(2 if "\tldp\t" in line else 1 for line in vectors) == 8 * 4
+    assert len(done) > 0.6 * len(body), f"{len(body)} instructions for {len(done)} multiply-adds"
+    assert len(spills) <= spilled, "\n".join(spills)
+
+
+# ---- AMX ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def amx_listing(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the compiler makes of an operator at the level amx, whether or not this machine has it."""
+    setup = setup_py()
+    cxx, flags = setup.compiler(), setup.ISA_FLAGS["x86_64"]["amx"]
+    if cxx is None or setup.architecture(cxx) != "x86_64" or not setup.compiles([*cxx, *flags]):
+        pytest.skip("no compiler that knows AMX")
+    if shutil.which("objdump") is None:
+        pytest.skip("objdump is not installed (Debian, Ubuntu: apt-get install binutils)")
+    out = tmp_path_factory.mktemp("amx") / "kernel.o"
+    source = setup.CSRC / "cpu" / "linear_residual.cpp"
+    options = [*setup.CXX_FLAGS, *flags, "-fopenmp", "-DFASTVIT_ISA=amx", f"-I{setup.CSRC}"]
+    subprocess.run([*cxx, *options, "-c", source, "-o", out], check=True)
+    command = ["objdump", "-d", "--demangle", "--no-show-raw-insn", out]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("product, mac", [("ProductBF16", "tdpbf16ps"), ("ProductI8", "tdpbssd")])
+def test_the_tile_kernel_loads_one_tile_per_product(amx_listing: str, product: str, mac: str) -> None:
+    (kernel,) = [f for f in amx_listing.split("\n\n") if re.match(rf"[0-9a-f]+ <.*tile_kernel<.*{product}, 2, 4>", f)]
+    # A block of 16 steps takes 2 x 2 tiles; they are loaded before the loop and stored behind it.
+    macs = [match.start() for match in re.finditer(mac, kernel)]
+    assert len(macs) == 2 * 4, "two halves of a panel"
+    for half in (macs[:4], macs[4:]):
+        assert "tilestored" not in kernel[half[0] : half[3]]
+        assert kernel[half[0] : half[3]].count("tileloadd") == 2  # and one of A and one of B before the first
+    assert kernel.count("tileloadd") == 2 * (4 + 4)  # those of C, to go on with, and those of a block
+    assert kernel.count("tilezero") == kernel.count("tilestored") == 2 * 4
+    assert "ldtilecfg" not in kernel
+    assert "ldtilecfg" in amx_listing
+    assert "tilerelease" in amx_listing
