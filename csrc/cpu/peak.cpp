@@ -5,6 +5,17 @@
 
 #include "product.h"
 
+// Makes the compiler believe that a vector register has changed.
+#if defined(__AVX512F__)
+#define FASTVIT_TOUCH(v) asm volatile("" : "+v"(v))
+#elif defined(__x86_64__)
+#define FASTVIT_TOUCH(v) asm volatile("" : "+x"(v))
+#elif defined(__aarch64__)
+#define FASTVIT_TOUCH(v) asm volatile("" : "+w"(v))
+#else
+#define FASTVIT_TOUCH(v) asm volatile("" : "+m"(v))
+#endif
+
 namespace fastvit::cpu::FASTVIT_ISA {
 namespace {
 
@@ -16,7 +27,8 @@ template <class P>
 __attribute__((noinline)) float multiply_accumulate(int64_t steps,
                                                     const typename P::Element* data) {
   constexpr int kChains = P::kRows * kVectors;
-  const typename P::Unit a = P::load_unit(data), b = P::load_unit(data + 1);
+  typename P::Unit a = P::load_unit(data);
+  const typename P::Unit b = P::load_unit(data + 1);
   typename P::Accumulator acc[kChains];
 #pragma GCC unroll 24
   for (int i = 0; i < kChains; ++i) {
@@ -24,7 +36,10 @@ __attribute__((noinline)) float multiply_accumulate(int64_t steps,
   }
   for (int64_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 24
-    for (auto& each : acc) each = P::mac(a, b, each);
+    for (auto& each : acc) {
+      FASTVIT_TOUCH(a);  // or a product that never changes is made once, and only added
+      each = P::mac(a, b, each);
+    }
   }
   f32v sum = zero();
   for (const auto& each : acc) sum += as_f32(each);
