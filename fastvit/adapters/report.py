@@ -99,8 +99,10 @@ def _sentence(module: Any) -> str:
     """How a fused module runs, and which of its linears were too bad in int8."""
     sentence = str(module.fastvit_sentence)
     if isinstance(module, FusedBlock):
-        dtype = str(next(module.parameters()).dtype).removeprefix("torch.")  # type: ignore[attr-defined]
         for name, reason in module.fastvit_quantization.notes:
+            # DataParallel's replicas have no parameters.
+            parameter = next(module.parameters(), None)  # type: ignore[attr-defined]
+            dtype = "as it was" if parameter is None else str(parameter.dtype).removeprefix("torch.")
             sentence += f"; {name} stays {dtype}: {reason}"
     return sentence
 
