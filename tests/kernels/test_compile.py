@@ -23,7 +23,7 @@ PRODUCT = {"sm80": "mma", "sm90": "wgmma", "sm100": "tcgen05", "gfx942": "mfma"}
 
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest) -> dict:
-    """One run of `python -m benchmarks.resources` outside the interpreter, for Hopper alone unless it may take minutes."""
+    """One run of `python -m benchmarks.resources` outside the interpreter; quick, for Hopper alone."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.resources", "--json"]
     if not (request.config.getoption("--slow") or os.environ.get("CI") == "true"):
