@@ -246,10 +246,14 @@ _backward_op = define(
 
 
 def _backward(saved: tuple[Any, ...], grad: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None] | None:
-    image, weight, dtype = saved[0], saved[1], saved[-1]
+    image, weight, *rest, dtype, layout = saved
     if image.numel() == 0 or grad.numel() == 0 or not _backend.differentiates(weight, dtype or weight.dtype):
         return None
-    return [*spread(_backward_op(grad, *saved, needs[:5]), needs[:5]), None, None, None]
+    grads = _backward_op(grad, _channels_first(image, layout), weight, *rest, dtype, needs[:5])
+    image_grad, *others = spread(grads, needs[:5])
+    if image_grad is not None and layout == "NHWC":
+        image_grad = image_grad.permute(0, 2, 3, 1)
+    return [image_grad, *others, *[None] * 4]
 
 
 _op = register(

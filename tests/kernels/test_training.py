@@ -87,7 +87,7 @@ CASES: dict[str, tuple[Callable[[], dict[str, Tensor]], dict[str, Any]]] = {
     "linear_residual": (_linear_residual, {"drop_path": DROP_PATH}),
     "mlp": (_mlp, {"activation": "gelu", "drop_path": DROP_PATH}),
     "self_attention": (_self_attention, {"num_heads": 2, "drop_path": DROP_PATH}),
-    "patch_embed": (_patch_embed, {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 2.0)}),
+    "patch_embed": (_patch_embed, {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 2.0), "layout": "NCHW"}),
     "pool": (_pool, {"mode": "avg"}),
 }
 
@@ -151,6 +151,11 @@ def test_patch_embed_of_bytes(device: torch.device, dtype: torch.dtype) -> None:
     tensors = {"weight": nasty.weight(24, 3, 14, 14), "pos_embed": nasty.tokens(6, 24, seed=3)}
     check(device, "patch_embed", tensors, dtype, {"image": image, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)})
     check(device, "patch_embed", tensors, dtype, {"image": image})
+
+
+def test_gradients_of_an_image_with_channels_last(device: torch.device) -> None:
+    tensors = {"image": torch.randn(2, 28, 14, 3, generator=nasty.generator()), "weight": nasty.weight(24, 3, 14, 14)}
+    check(device, "patch_embed", tensors, torch.float32, {"layout": "NHWC"})
 
 
 @pytest.mark.parametrize("name", CASES)
