@@ -67,10 +67,13 @@ _TILES["gfx942"] |= {("tf32", 64): _Tile(16, 32, 8, 1), ("ieee", 128): _Tile(16,
 # Padded head dim up to -> tile of `_whole` in 16 bits, where its two passes fit the registers.
 _WHOLE_TILES = {
     "sm80": {64: _Tile(32, 32, 4, 1)},
-    "sm90": {64: _Tile(64, 64, 4, 1), 128: _Tile(64, 64, 8, 1)},
-    "sm100": {64: _Tile(64, 64, 8, 1), 128: _Tile(64, 64, 8, 1)},
+    "sm90": {64: _Tile(64, 64, 4, 1), 96: _Tile(64, 64, 8, 1)},
+    "sm100": {64: _Tile(64, 64, 8, 1), 96: _Tile(64, 64, 8, 1)},
     "gfx942": {64: _Tile(32, 32, 4, 1)},
 }
+
+# Queries at a time in `_keys`, whose two accumulators of a wide head leave few registers.
+_WIDE, _WIDE_BLOCK_M = 96, 32
 
 # Longer sequences have blocks enough to fill a GPU, which one program per head does not.
 _WHOLE = 400
@@ -155,7 +158,8 @@ def attention_backward(
         count = programs(p, tile.block_m, cu_seqlens)
         launch(_queries, count, q, **arguments, **of_queries, **constants, **_options(tile))
         count = programs(p._replace(nq=p.nk), tile.block_n, cu_seqlens)
-        launch(_keys, count, q, **arguments, **of_keys, **constants, **_options(tile))
+        keys = tile if p.width <= _WIDE else tile._replace(block_m=min(tile.block_m, _WIDE_BLOCK_M))
+        launch(_keys, count, q, **arguments, **of_keys, **constants, **_options(keys))
     constants |= _options(tile)
     d_bias = d_table = None
     if bias is not None and bias_needs_grad:
