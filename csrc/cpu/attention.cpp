@@ -107,7 +107,8 @@ class Attention {
     const ThreadLease lease(args_.num_threads);
     const int threads = lease.threads;
 
-    // Keys: packed K and V of a chunk share half of L2.
+    // Keys: packed K and V of a chunk share a quarter of L2; scores, output and queries need the
+    // rest.
     const int64_t per_key = 2 * panels_.vectors * kLanes * static_cast<int64_t>(sizeof(Element));
     const int64_t most = max(cache_sizes().l2 / 4 / per_key, kPanel);
     const int64_t chunks = max(ceil_div(keys_, min(most, 1024)), 1);

@@ -29,7 +29,7 @@ struct Rotation {
 // x = hadamard(x * signs), unnormalised; returns the largest magnitude per lane.
 template <int kBlock>
 FASTVIT_INLINE f32v rotate_block(float* x, const float* signs) {
-  constexpr int kCount = kBlock / kLanes > 0 ? kBlock / kLanes : 1;
+  constexpr int kCount = kBlock / kLanes;
   f32v v[kCount];
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; ++i) {
