@@ -414,7 +414,7 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
   const CacheSizes& caches = cache_sizes();
   constexpr int64_t kUnit = kLanes * P::kPair;
 
-  // K chunks: a packed panel takes a quarter of L2; A, C and the weights being read need the rest.
+  // K chunks: a packed panel takes 3/8 of L2; A, C and the weights being read need the rest.
   const int64_t most_k =
       max(caches.l2 * 3 / 8 / (kPanel * static_cast<int64_t>(sizeof(Element))), kUnit);
   const int64_t k_chunks = max(ceil_div(w.k, most_k), 1);

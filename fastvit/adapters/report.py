@@ -102,7 +102,7 @@ def _sentence(module: Any) -> str:
         for name, reason in module.fastvit_quantization.notes:
             # DataParallel's replicas have no parameters.
             parameter = next(module.parameters(), None)  # type: ignore[attr-defined]
-            dtype = "as it was" if parameter is None else str(parameter.dtype).removeprefix("torch.")
+            dtype = "float" if parameter is None else str(parameter.dtype).removeprefix("torch.")
             sentence += f"; {name} stays {dtype}: {reason}"
     return sentence
 
