@@ -165,9 +165,8 @@ def attention_backward(
     if bias is not None and bias_needs_grad:
         d_bias = _bias_gradient(p, q, bias, arguments, constants)
     if bias_table is not None and table_index is not None:
-        # Coordinates of the table's entries take registers that half a tile of logits leaves.
-        narrow = constants | {"BLOCK_N": max(16, tile.block_n // 2)}
-        d_logits = _logit_gradient(p, q, 1, p.heads, arguments, narrow)
+        # The coordinates of the table's entries take registers that eight warps have and four have not.
+        d_logits = _logit_gradient(p, q, 1, p.heads, arguments, constants | {"num_warps": 8})
         d_table = _table_gradient(d_logits[0], bias_table, table_index)
     return Gradients(dq, dk, dv, d_bias, d_rel_h, d_rel_w, d_table)
 
