@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.case import FLOATS, Case, nbytes, run_in_pytest, tensor
 from benchmarks.peers import PEERS, serves
 from fastvit import optimize
-from fastvit.bench.models import build, count_flops
+from fastvit.bench.models import build, needed_flops
 
 # The last one takes 1370 tokens, of images of 518 pixels.
 NAMES = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_base_patch14_dinov2")
@@ -35,7 +35,7 @@ def case(
     quantized = dtype == torch.int8
     float_dtype = torch.bfloat16 if quantized else dtype
     image = tensor(batch, *size, dtype=float_dtype, device=device, seed=0)
-    flops = batch * count_flops(model, image[:1].float().cpu())
+    flops = batch * needed_flops(model, image[:1].float().cpu())
     eager = model.to(device, float_dtype)
     fused = optimize(copy.deepcopy(eager), **({"quantize": "int8"} if quantized else {}))
     others: dict[str, Callable[..., Tensor]] = {

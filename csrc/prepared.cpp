@@ -178,7 +178,8 @@ class PreparedBlock {
     }
   }
 
-  // out = block(x), both (B, N, D); false if anything is not as it was, or x can't be served.
+  // out = block(x), x (B, N, D) and out the first tokens of that; false if anything is not as it
+  // was, or x can't be served.
   bool run(py::handle block, py::handle out, py::handle x, int num_threads) const {
     if (!snapshot_.holds(block)) return false;
     View in, result;
@@ -204,9 +205,10 @@ class PreparedBlock {
         in.stride[0] != tokens * features || 4 * tokens * proj.size[1] * bytes > most_scratch_) {
       return false;
     }
+    const int64_t queries = result.size[1];
     for (View* each : {&in, &result}) {
       each->ndim = 2;
-      each->size[0] = samples * tokens, each->size[1] = features;
+      each->size[0] *= each->size[1], each->size[1] = features;
       each->stride[0] = features, each->stride[1] = 1;
     }
     const cpu::SelfAttentionArgs first{result,
@@ -229,7 +231,8 @@ class PreparedBlock {
                                        samples,
                                        num_heads_,
                                        compute_,
-                                       num_threads};
+                                       num_threads,
+                                       queries};
     const cpu::MlpArgs second{result,
                               result,
                               fc1,
@@ -245,7 +248,7 @@ class PreparedBlock {
                               activation_,
                               get(kLayerScale2),
                               nullptr,
-                              tokens,
+                              queries,
                               fc1.size[0] / (activation_ == Activation::kSwiglu ? 2 : 1),
                               compute_,
                               num_threads};

@@ -104,7 +104,7 @@ struct LinearResidualArgs {
 };
 
 struct SelfAttentionArgs {
-  View out;                // (B N, D)
+  View out;                // (B N, D); with `queries`, (B queries, D) and contiguous
   View x;                  // (B N, D), the residual too
   const View* weights[3];  // one packed [q; k; v], (3 H d, D), or three, (H d, D)
   const View* scales[3];   // of int8 weights
@@ -124,6 +124,7 @@ struct SelfAttentionArgs {
   int64_t samples, num_heads;
   Compute compute;
   int num_threads;
+  int64_t queries = 0;  // compute only so many first tokens of a sample; 0: all
 };
 
 struct MlpArgs {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastvit.adapters.compare import Comparison, difference, tensors
 from fastvit.adapters.int8 import choose_quantization
 from fastvit.adapters.parts import FLOAT, Quantization
-from fastvit.adapters.registry import ADAPTERS, FAMILIES, Verdict, judge_block, judge_patch_conv
+from fastvit.adapters.registry import ADAPTERS, FAMILIES, Verdict, judge_block, judge_classifier, judge_patch_conv
 from fastvit.adapters.report import Report, report
 from fastvit.adapters.swap import (
     FusedBlock,
@@ -88,21 +88,21 @@ def optimize(
 
     # Judge everything before anything is touched.
     blocks: dict[str, tuple[nn.Module, Verdict]] = {}
-    convs: list[tuple[nn.Module, Verdict]] = []
+    others: list[tuple[nn.Module, Verdict]] = []
     for path, module in model.named_modules():
         if is_fused(module):
             continue
         if verdict := judge_block(module):
             blocks[path] = (module, verdict)
-        elif verdict := judge_patch_conv(path, module):
-            convs.append((module, verdict))
+        elif verdict := judge_patch_conv(path, module) or judge_classifier(module):
+            others.append((module, verdict))
     done = any(is_fused(m) for m in model.modules())
     if strict:
         _raise_if_left(blocks, done)
 
     swaps = [(m, v) for m, v in blocks.values() if v.cls is not None]
     if swaps or done:
-        swaps += convs
+        swaps += others
     swapped: list[nn.Module] = []
     quantized: list[tuple[FusedBlock, Quantization]] = []
     try:

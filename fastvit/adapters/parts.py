@@ -58,18 +58,30 @@ class BlockParts(NamedTuple):
     quantization: Quantization = FLOAT
 
 
+class Readout(NamedTuple):
+    """How a classifier reads its last block."""
+
+    blocks: nn.ModuleList | nn.Sequential
+    tokens: int  # how many of the first tokens of the last block the head reads
+    route: tuple[nn.Module, ...]  # whose forwards the tokens pass on their way to the head, the classifier's own first
+    norms: tuple[nn.Module | None, ...]  # what all tokens pass on that way: nothing that mixes them
+
+
 class NotServed(Exception):
     """Why a module or a call can't be expressed in the operators; the message is shown in the report."""
 
 
-def run_block(p: BlockParts, x: Tensor) -> Tensor:
-    """self_attention, mlp: the block in two operators, or in those that these are made of."""
+def run_block(p: BlockParts, x: Tensor, tokens: int | None = None) -> Tensor:
+    """self_attention, mlp: the block in two operators, or in those that these are made of.
+
+    tokens: compute only the first so many tokens, (B, tokens, D).
+    """
     norm1, norm2 = read_norm(p.norm1, x.dtype), read_norm(p.norm2, x.dtype)
     activation = _activation(p)
     qkv, proj, fc1, fc2, _ = p.quantization
 
     drop_path1 = _drop_path(p.drop_path1, x, p.layer_scale1)
-    if p.q_norm is None and p.k_norm is None:
+    if p.q_norm is None and p.k_norm is None and tokens is None:
         weights, biases = zip(*p.qkv, strict=True)
         x = ops.self_attention(
             x,
@@ -85,9 +97,9 @@ def run_block(p: BlockParts, x: Tensor) -> Tensor:
         )
     else:
         x = ops.linear_residual(
-            heads(p, x, norm1),
+            heads(p, x, norm1, tokens),
             *p.proj,
-            residual=x,
+            residual=x[:, :tokens],
             layer_scale=p.layer_scale1,
             drop_path=drop_path1,
             quantize=proj,
@@ -110,13 +122,21 @@ def run_block(p: BlockParts, x: Tensor) -> Tensor:
     )
 
 
-def heads(p: BlockParts, x: Tensor, norm1: dict[str, Any]) -> Tensor:
-    """What goes into proj, where q or k may be normalised (Dehghani et al. 2023)."""
-    projected = [ops.norm_linear(x, weight, bias, **norm1, quantize=p.quantization.qkv) for weight, bias in p.qkv]
-    if len(projected) == 1:
-        q, k, v = projected[0].unflatten(-1, (3, p.num_heads, -1)).unbind(2)
-    else:
-        q, k, v = (t.unflatten(-1, (p.num_heads, -1)) for t in projected)
+def heads(p: BlockParts, x: Tensor, norm1: dict[str, Any], tokens: int | None = None) -> Tensor:
+    """What goes into proj, where q or k may be normalised (Dehghani et al. 2023) and the last tokens have no query."""
+    norm1 = {**norm1, "quantize": p.quantization.qkv}
+    projections = p.qkv
+    if tokens is not None and len(projections) == 1 and p.quantization.qkv is None:
+        weight, bias = projections[0]
+        inner = weight.shape[0] // 3
+        sizes = (inner, 2 * inner)
+        projections = tuple(zip(weight.split(sizes), (None, None) if bias is None else bias.split(sizes), strict=True))
+    # Of several projections the first is the queries'.
+    sources = (x,) if len(projections) == 1 else (x[:, :tokens], x, x)
+    projected = [ops.norm_linear(t, *projection, **norm1) for t, projection in zip(sources, projections, strict=False)]
+    q, *others = (t.unflatten(-1, (-1, p.num_heads, p.proj[0].shape[1] // p.num_heads)) for t in projected)
+    q, k, v = (t for each in (q, *others) for t in each.unbind(2))
+    q = q[:, :tokens]
     if p.q_norm is not None:
         q = p.q_norm(q)
     if p.k_norm is not None:

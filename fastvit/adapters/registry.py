@@ -12,10 +12,12 @@ from torch import nn
 from fastvit.adapters import timm, torchvision, transformers
 from fastvit.adapters.parts import NotServed, has_own_forward, read_activation, read_norm
 from fastvit.adapters.probe import probe
+from fastvit.adapters.readout import FusedReadout
 from fastvit.adapters.swap import FusedBlock, FusedPatchConv, descendants, fused_class
 
 # Each adapter: LIBRARY, its module's name; matches(block), does it look like one of its own; check(block), which raises
-# NotServed for a structure that it can't express; read(block) -> BlockParts, at every call.
+# NotServed for a structure that it can't express; read(block) -> BlockParts, at every call.  And of whole models:
+# CLASSIFIERS, (module, name) of classes whose head reads the first tokens; readout(model) -> Readout or None, likewise.
 ADAPTERS: tuple[ModuleType, ...] = (timm, transformers, torchvision)
 
 
@@ -85,6 +87,15 @@ def _judge_match(module: nn.Module, adapter: Any) -> Verdict:
     types = tuple(type(m) for m in descendants(module))
     cls = fused_class(type(module), FusedBlock, adapter.LIBRARY, types, proof.returns_tuple)
     return Verdict(cls, FusedBlock.fastvit_sentence)
+
+
+def judge_classifier(module: nn.Module) -> Verdict | None:
+    """A verdict on a model whose head reads the first tokens alone."""
+    name = (type(module).__module__, type(module).__name__)
+    for adapter in ADAPTERS:
+        if name in adapter.CLASSIFIERS and has_own_forward(module):
+            return Verdict(fused_class(type(module), FusedReadout, adapter.LIBRARY), FusedReadout.fastvit_sentence)
+    return None
 
 
 _PATCH_CONV_NAMES = ("proj", "projection", "patch_embedding", "conv_proj")

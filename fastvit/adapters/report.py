@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastvit.adapters.readout import FusedReadout, read_in_part
 from fastvit.adapters.registry import judge_block, judge_patch_conv
 from fastvit.adapters.swap import FusedBlock, is_fused, last_fallback
 from fastvit.ops._backend import extension, has_triton
@@ -76,11 +77,16 @@ def report(model: nn.Module) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__} is not accepted; give a torch.nn.Module")
     rows = []
+    last = read_in_part(model)
     for path, module in model.named_modules():
         cls = type(module).__name__
+        if isinstance(module, FusedReadout):
+            continue  # its last block's row tells
         if is_fused(module):
             reason = last_fallback(module)
             detail = f"original forward: {reason}" if reason else _sentence(module)
+            if module in last and not reason:
+                detail += f"; {FusedReadout.fastvit_sentence}"
             rows.append(Row(path, cls, "fallback" if reason else "fused", detail))
         elif verdict := judge_block(module):
             ready = verdict.cls is not None

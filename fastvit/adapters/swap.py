@@ -5,10 +5,12 @@ Parameters, buffers, hooks, attributes and isinstance stay because the object st
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -47,6 +49,26 @@ def note_fallback(module: nn.Module, reason: str | None) -> None:
         del _fallbacks[module]
 
 
+# The block whose first tokens alone are read in this thread's forward, and how many they are.
+_reading = threading.local()
+
+
+@contextlib.contextmanager
+def reading(block: nn.Module, tokens: int) -> Iterator[None]:
+    """What comes out of `block` is read no further than its first tokens."""
+    before = getattr(_reading, "now", None)
+    _reading.now = (block, tokens)
+    try:
+        yield
+    finally:
+        _reading.now = before
+
+
+def _tokens_read(block: nn.Module) -> int | None:
+    now = getattr(_reading, "now", None)
+    return now[1] if now is not None and now[0] is block else None
+
+
 class Fused:
     """Mixin of every swapped class; `fused_class` fills in the attributes."""
 
@@ -57,6 +79,8 @@ class Fused:
     fastvit_forwards: tuple[Callable[..., Any], ...]
     # How the module runs now, for the report.
     fastvit_sentence: str
+    # The adapter's function that reads the module.
+    fastvit_reader: ClassVar[str] = "read"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickle and deepcopy look classes up by name, and the made class shares its original's name.
@@ -86,7 +110,8 @@ class FusedBlock(Fused):
         obstacle, x = _hidden_states(args, kwargs)
         out = None
         compiling = torch.compiler.is_compiling()
-        if obstacle is None and not compiling and (out := run_prepared(block, x)) is not None:
+        tokens = None if compiling else _tokens_read(block)
+        if obstacle is None and not compiling and (out := run_prepared(block, x, tokens)) is not None:
             return (out,) if self.fastvit_returns_tuple else out
         if obstacle is None:
             inner = descendants(block)
@@ -98,7 +123,7 @@ class FusedBlock(Fused):
                     parts = parts._replace(quantization=self.fastvit_quantization)
                 obstacle = block_obstacle(parts, x)
                 if obstacle is None:
-                    out = run_block(parts, x)
+                    out = run_block(parts, x, tokens)
                     if not compiling:
                         prepare(block, inner, parts, x)
             except (NotServed, ValueError, TypeError) as reason:
@@ -187,7 +212,7 @@ def fused_class(
 ) -> type[nn.Module]:
     """The subclass of `original` that runs `mixin`'s forward.  It goes by its original's name.
 
-    library: the adapter whose `read` knows the block's names.  types, returns_tuple: what the probe found.
+    library: the adapter that knows the module's names.  types, returns_tuple: what the probe found.
     """
     forwards = tuple(kind.forward for kind in (original, *types))
     recipe = (original, mixin, library, types, returns_tuple, quantization)
@@ -213,7 +238,9 @@ def _fused_class(
         "fastvit_forwards": forwards,
     }
     if library is not None:
-        namespace["fastvit_read"] = importlib.import_module(f"fastvit.adapters.{library}").read
+        namespace["fastvit_read"] = getattr(
+            importlib.import_module(f"fastvit.adapters.{library}"), mixin.fastvit_reader
+        )
         namespace["fastvit_types"] = types
         namespace["fastvit_returns_tuple"] = returns_tuple
         namespace["fastvit_quantization"] = quantization

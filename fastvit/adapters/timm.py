@@ -10,6 +10,7 @@ from fastvit.adapters.parts import (
     BlockParts,
     NotServed,
     Projection,
+    Readout,
     check_contents,
     check_layer_scale,
     check_linear,
@@ -22,6 +23,12 @@ from fastvit.adapters.parts import (
 from fastvit.nn import SwiGLU
 
 LIBRARY = "timm"
+
+CLASSIFIERS = {
+    ("timm.models.vision_transformer", "VisionTransformer"),
+    ("timm.models.deit", "VisionTransformerDistilled"),
+    ("fastvit.models.vit", "FastViT"),
+}
 
 
 def matches(block: nn.Module) -> bool:
@@ -86,3 +93,10 @@ def read(block: nn.Module) -> BlockParts:
         drop_path2=child(block, "drop_path2"),
         dropouts=tuple(dropout(d) for d in drops if d is not None),
     )
+
+
+def readout(model: Any) -> Readout | None:
+    distilled = hasattr(model, "head_dist")
+    if not distilled and (model.global_pool != "token" or model.attn_pool is not None):
+        return None
+    return Readout(model.blocks, 2 if distilled else 1, (model, model.blocks), (model.norm, model.fc_norm))

@@ -6,9 +6,21 @@ from typing import Any
 
 from torch import nn
 
-from fastvit.adapters.parts import BlockParts, NotServed, check_contents, check_linear, child, dropout, linear, tensor
+from fastvit.adapters.parts import (
+    BlockParts,
+    NotServed,
+    Readout,
+    check_contents,
+    check_linear,
+    child,
+    dropout,
+    linear,
+    tensor,
+)
 
 LIBRARY = "torchvision"
+
+CLASSIFIERS = {("torchvision.models.vision_transformer", "VisionTransformer")}
 
 
 def matches(block: nn.Module) -> bool:
@@ -51,3 +63,8 @@ def read(block: nn.Module) -> BlockParts:
         drop_path2=None,
         dropouts=((attn.dropout, attn), *map(dropout, drops)),
     )
+
+
+def readout(model: Any) -> Readout | None:
+    encoder = model.encoder
+    return Readout(encoder.layers, 1, (model, encoder, encoder.layers), (encoder.ln,))

@@ -13,6 +13,7 @@ from fastvit.adapters.parts import (
     BlockParts,
     Dropout,
     NotServed,
+    Readout,
     check_contents,
     check_layer_scale,
     check_linear,
@@ -23,6 +24,12 @@ from fastvit.adapters.parts import (
 )
 
 LIBRARY = "transformers"
+
+CLASSIFIERS = {
+    ("transformers.models.vit.modeling_vit", "ViTForImageClassification"),
+    ("transformers.models.deit.modeling_deit", "DeiTForImageClassification"),
+    ("transformers.models.deit.modeling_deit", "DeiTForImageClassificationWithTeacher"),
+}
 
 # All of them are softmax(q k^T) v; another name is somebody's own function.
 _ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
@@ -151,3 +158,13 @@ def read(block: nn.Module) -> BlockParts:
         dropouts=tuple(drops),
         config=config,
     )
+
+
+def readout(model: Any) -> Readout | None:
+    base = child(model, "vit", "deit")
+    if base.pooler is not None or model.config.output_hidden_states:
+        return None
+    encoder = child(base, "encoder")  # version 4
+    layers = base.layers if encoder is None else encoder.layer
+    route = (model, base) if encoder is None else (model, base, encoder)
+    return Readout(layers, 2 if hasattr(model, "distillation_classifier") else 1, route, (base.layernorm,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvit._compat import MissingLibraryError, import_library
+from fastvit.adapters import optimize
+from fastvit.adapters.readout import read_in_part
 from fastvit.bench import UsageError
 
 Size = tuple[int, int, int]  # channels, height, width
@@ -42,6 +45,23 @@ def count_flops(model: nn.Module, image: Tensor) -> int:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         model(image)
     return counter.get_total_flops()
+
+
+@torch.no_grad()
+def needed_flops(model: nn.Module, image: Tensor) -> int:
+    """`count_flops` without what the last block would compute for tokens that no head reads."""
+    unread = 0
+    twin = optimize(copy.deepcopy(model))
+    for block, read in read_in_part(twin).items():
+        seen: list[Tensor] = []
+        with block.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0])):  # type: ignore[attr-defined]
+            twin(image)
+        parts = block.fastvit_read()
+        batch, tokens, _ = seen[0].shape
+        query = parts.qkv[0][0].numel() // (3 if len(parts.qkv) == 1 else 1)
+        linears = query + sum(weight.numel() for weight, _ in (parts.proj, *parts.fc1, parts.fc2))
+        unread += batch * (tokens - read) * (2 * linears + 4 * tokens * parts.proj[0].shape[1])
+    return count_flops(model, image) - unread
 
 
 def build(name: str, library: str = "auto", image_size: int | None = None) -> tuple[nn.Module, Size]:

@@ -17,7 +17,7 @@ from fastvit.adapters import Report, optimize, report
 from fastvit.adapters.compare import difference, tensors
 from fastvit.bench import DTYPES, Progress, UsageError, passes
 from fastvit.bench.image import load
-from fastvit.bench.models import build, count_flops, randomize, try_forward
+from fastvit.bench.models import build, needed_flops, randomize, try_forward
 from fastvit.bench.timing import paired
 from fastvit.ops import attention
 
@@ -77,7 +77,7 @@ def bench(
     progress("float64 truth", 0.02)
     with torch.inference_mode():
         truth = _first(try_forward(copy.deepcopy(model).double(), pictures[:1].double(), name))
-    flops = count_flops(model, pictures[:1])
+    flops = needed_flops(model, pictures[:1])
     if not report(optimize(copy.deepcopy(model))).replaced:
         raise UsageError(
             f"{name}: fastvit found no Vision Transformer block to replace (fastvit check {name} says why)"

@@ -101,7 +101,7 @@ def test_the_second_call_is_prepared_and_bit_equal(name, dtype, monkeypatch):
     fastvit.optimize(model, dtype=dtype, quantize="int8")
     expected = first(model, x)
     assert all(prepared._KEY in b.__dict__ for b in blocks(model))
-    monkeypatch.setattr(swap, "run_block", lambda parts, x: pytest.fail("ran from the modules"))
+    monkeypatch.setattr(swap, "run_block", lambda *arguments: pytest.fail("ran from the modules"))
     assert torch.equal(first(model, x), expected)
 
 
@@ -128,7 +128,7 @@ def test_a_linear_that_quantizes_badly_stays_and_the_report_says_why(vit, dtype)
     row = next(r for r in fastvit.report(model).rows if r.path == "blocks.1")
     name = str(dtype or torch.float32).removeprefix("torch.")
     assert row.detail.startswith(f"self_attention (int8 qkv, proj), mlp (int8 fc1); fc2 stays {name}: int8 error ")
-    assert row.detail.endswith(" % on synthetic tokens, limit 4 %")
+    assert " % on synthetic tokens, limit 4 %" in row.detail
     assert relative_l2(first(model, x.to(dtype or torch.float32)), before) < INT8
     twin = pickle.loads(pickle.dumps(model))
     assert [r.detail for r in fastvit.report(twin).rows] == [r.detail for r in fastvit.report(model).rows]

@@ -45,7 +45,7 @@ def slow_calls(monkeypatch):
     """How often a block was run from its modules."""
     calls = []
     original = swap.run_block
-    monkeypatch.setattr(swap, "run_block", lambda parts, x: calls.append(1) or original(parts, x))
+    monkeypatch.setattr(swap, "run_block", lambda parts, x, tokens: calls.append(1) or original(parts, x, tokens))
     return calls
 
 
