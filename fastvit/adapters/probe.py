@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastvit.adapters.parts import run_block
+from fastvit.adapters.parts import PLAIN, run_block
 from fastvit.adapters.swap import descendants
 from fastvit.ops import use_backend
 
@@ -32,6 +32,9 @@ _known: dict[tuple[Any, ...], Proof] = {}
 
 def probe(block: nn.Module, adapter: Any) -> Proof:
     """Run a random copy of the block both ways, once for each combination of classes and settings."""
+    for p in block.parameters():
+        if type(p) not in PLAIN:  # a state of this block, not of its kind: nothing to remember
+            return Proof(f"its parameters are {type(p).__name__}, not plain tensors: optimize before they are sharded")
     signature = tuple((type(m), type(m).forward, _settings(m)) for m in (block, *descendants(block)))
     if signature not in _known:
         _known[signature] = _try(block, adapter)
