@@ -82,7 +82,12 @@ def _patch_embed() -> Sample:
 
 
 def _pool() -> Sample:
-    tensors = {"x": nasty.tokens(B, N, D, offset=2.0), "weight": nasty.weight(10, D), "bias": nasty.vector(10), **_norm()}
+    tensors = {
+        "x": nasty.tokens(B, N, D, offset=2.0),
+        "weight": nasty.weight(10, D),
+        "bias": nasty.vector(10),
+        **_norm(),
+    }
     return tensors, {"mode": "avg"}
 
 
