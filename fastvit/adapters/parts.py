@@ -303,6 +303,8 @@ def check_linear(module: nn.Module | None, name: str) -> None:
     # torch makes this subclass for out_proj; its forward is Linear's.
     if type(module) is not nn.Linear and type(module) is not nn.modules.linear.NonDynamicallyQuantizableLinear:
         raise NotServed(f"{name} is {type(module).__name__}, not nn.Linear")
+    if (shape := tuple(module.weight.shape)) != (module.out_features, module.in_features):
+        raise NotServed(f"{name}.weight has shape {shape}: optimize before it is sharded")
 
 
 def check_contents(module: nn.Module, children: set[str], name: str, tensors: set[str] = frozenset()) -> None:  # type: ignore[assignment]

@@ -31,11 +31,10 @@ _known: dict[tuple[Any, ...], Proof] = {}
 
 
 def probe(block: nn.Module, adapter: Any) -> Proof:
-    """Run a random copy of the block both ways, once for each combination of classes and settings."""
-    for p in block.parameters():
-        if type(p) not in PLAIN:  # a state of this block, not of its kind: nothing to remember
-            return Proof(f"its parameters are {type(p).__name__}, not plain tensors: optimize before they are sharded")
-    signature = tuple((type(m), type(m).forward, _settings(m)) for m in (block, *descendants(block)))
+    """Run a random copy of the block both ways, once for each combination of classes, settings and shapes."""
+    modules = tuple((type(m), type(m).forward, _settings(m)) for m in (block, *descendants(block)))
+    # Those of a sharded block are no reason to leave its kind.
+    signature = modules, tuple((type(p), p.shape) for p in block.parameters())
     if signature not in _known:
         _known[signature] = _try(block, adapter)
     return _known[signature]
@@ -47,6 +46,9 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _try(block: nn.Module, adapter: Any) -> Proof:
+    for p in block.parameters():
+        if type(p) not in PLAIN:
+            return Proof(f"its parameters are {type(p).__name__}, not plain tensors: optimize before they are sharded")
     with (
         torch.random.fork_rng(devices=[]),
         torch.inference_mode(False),
@@ -58,7 +60,7 @@ def _try(block: nn.Module, adapter: Any) -> Proof:
         try:
             twin = _random_copy(block)
         except Exception as error:
-            return Proof(f"can't be copied for a trial run ({type(error).__name__})")
+            return Proof(f"can't be copied for a trial run ({type(error).__name__}: {error})")
         try:
             parts = adapter.read(twin)
             x = torch.randn(2, _TOKENS, parts.qkv[0][0].shape[1], dtype=torch.float64, device="cpu")
