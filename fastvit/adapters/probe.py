@@ -31,10 +31,10 @@ _known: dict[tuple[Any, ...], Proof] = {}
 
 
 def probe(block: nn.Module, adapter: Any) -> Proof:
-    """Run a random copy of the block both ways, once for each combination of classes, settings and shapes."""
+    """Run a random copy of the block both ways, once for each combination of classes and settings."""
     modules = tuple((type(m), type(m).forward, _settings(m)) for m in (block, *descendants(block)))
-    # Those of a sharded block are no reason to leave its kind.
-    signature = modules, tuple((type(p), p.shape) for p in block.parameters())
+    # That a block is sharded is no reason to leave its kind.
+    signature = modules, tuple(type(p) for p in block.parameters())
     if signature not in _known:
         _known[signature] = _try(block, adapter)
     return _known[signature]
