@@ -90,9 +90,12 @@ def register(
 
 
 def is_transformed() -> bool:
-    """Does a torch.func transform or forward-mode AD see this call?  They lack rules for custom operators."""
+    """Does a torch.func transform or forward-mode AD see this call?  They lack rules for custom operators.
+
+    While torch.compile traces: does forward-mode AD?  It would take the tangent for zero; vmap loops, grad raises.
+    """
     if torch.compiler.is_compiling():
-        return False
+        return torch.autograd.forward_ad._current_level >= 0
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 

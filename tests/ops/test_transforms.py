@@ -87,6 +87,23 @@ def test_func(name: str) -> None:
         assert_close(mine, expected[key])
 
 
+@pytest.mark.parametrize("name", ["linear_residual", "attention"])
+def test_compiled_jvp_and_vmap(name: str) -> None:
+    tensors, options = sample(name, torch.float32)
+    first = next(iter(tensors))
+
+    def of_first(x: Tensor) -> Tensor:
+        return getattr(ops, name)(**{**tensors, first: x}, **options)
+
+    def transformed(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(of_first, (x,), (x.cos(),))[1], torch.vmap(of_first)(torch.stack([x, x.flip(0)]))
+
+    compiled = torch.compile(transformed, backend="aot_eager", fullgraph=True)
+    for mine, expected in zip(compiled(tensors[first]), transformed(tensors[first]), strict=True):
+        assert_close(mine, expected.double())
+    torch._dynamo.reset()
+
+
 def test_func_checks_arguments_too() -> None:
     with pytest.raises(ValueError, match=r"weight: shape|x: shape"):
         torch.func.grad(lambda x: ops.norm_linear(x, torch.randn(6, 9)).sum())(torch.randn(5, 8))
