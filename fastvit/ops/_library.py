@@ -82,7 +82,8 @@ def register(
     def call(*arguments: Any) -> Any:
         if not is_transformed():
             return op(*arguments)
-        fake(*arguments)  # for its checks
+        if not torch.compiler.is_compiling():  # which can't trace the choice of a backend
+            fake(*arguments)  # for its checks
         result = reference(*arguments)
         return (result,) if several else result
 
