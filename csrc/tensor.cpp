@@ -68,6 +68,12 @@ View view_of(py::handle tensor) {
   view.ndim = static_cast<int>(PyTuple_GET_SIZE(shape.ptr()));
   read_tuple(shape, view.size);
   read_tuple(stride, view.stride);
+  int64_t count = 1;
+  for (int i = 0; i < view.ndim; ++i) count *= view.size[i];
+  if (view.data == nullptr && count > 0) {
+    throw std::invalid_argument("a tensor of shape " + std::string(py::str(shape)) +
+                                " has no memory: its storage was resized to nothing");
+  }
   return view;
 }
 

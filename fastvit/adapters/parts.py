@@ -159,12 +159,12 @@ def _activation(p: BlockParts) -> str:
 
 
 # What the operators take.  The last two stand for plain tensors while torch.export traces.
-_PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 def input_obstacle(x: Any, weights: tuple[Tensor | None, ...], ndim: int) -> str | None:
     """Why these tensors need the original forward, or None."""
-    if type(x) not in _PLAIN:
+    if type(x) not in PLAIN:
         return f"input is {type(x).__name__}, not a plain tensor"
     if x.ndim != ndim or x.layout is not torch.strided:
         return f"input has shape {tuple(x.shape)} and layout {x.layout}"
@@ -174,7 +174,7 @@ def input_obstacle(x: Any, weights: tuple[Tensor | None, ...], ndim: int) -> str
     for weight in weights:
         if weight is None:
             continue
-        if type(weight) not in _PLAIN:
+        if type(weight) not in PLAIN:
             return f"a weight is {type(weight).__name__}, not a plain tensor"
         if weight.dtype != x.dtype and not autocast:
             return f"input is {x.dtype}, but a weight is {weight.dtype}"
@@ -323,6 +323,8 @@ def check_linear(module: nn.Module | None, name: str) -> None:
     # torch makes this subclass for out_proj; its forward is Linear's.
     if type(module) is not nn.Linear and type(module) is not nn.modules.linear.NonDynamicallyQuantizableLinear:
         raise NotServed(f"{name} is {type(module).__name__}, not nn.Linear")
+    if (shape := tuple(module.weight.shape)) != (module.out_features, module.in_features):
+        raise NotServed(f"{name}.weight has shape {shape}: optimize before it is sharded")
 
 
 def check_contents(module: nn.Module, children: set[str], name: str, tensors: set[str] = frozenset()) -> None:  # type: ignore[assignment]

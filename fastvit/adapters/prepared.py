@@ -61,6 +61,8 @@ def prepare(block: nn.Module, inner: list[nn.Module], parts: BlockParts, x: Tens
     given = [*vectors, *(t for weight, bias, _ in linears for t in (weight, bias))]
     if not all(t is None or (_is_plain(t) and t.is_contiguous() and t.dtype in _DTYPES) for t in given):
         return
+    if any(kind is not None for _, _, kind in linears) and not _int8.keeps():
+        return
     triples = [
         (None,) * 3 if weight is None else (*_int8.operand(weight, kind), bias) for weight, bias, kind in linears
     ]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastvit.adapters.parts import run_block
+from fastvit.adapters.parts import PLAIN, run_block
 from fastvit.adapters.swap import descendants
 from fastvit.ops import use_backend
 
@@ -32,7 +32,9 @@ _known: dict[tuple[Any, ...], Proof] = {}
 
 def probe(block: nn.Module, adapter: Any) -> Proof:
     """Run a random copy of the block both ways, once for each combination of classes and settings."""
-    signature = tuple((type(m), type(m).forward, _settings(m)) for m in (block, *descendants(block)))
+    modules = tuple((type(m), type(m).forward, _settings(m)) for m in (block, *descendants(block)))
+    # That a block is sharded is no reason to leave its kind.
+    signature = modules, tuple(type(p) for p in block.parameters())
     if signature not in _known:
         _known[signature] = _try(block, adapter)
     return _known[signature]
@@ -44,6 +46,9 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _try(block: nn.Module, adapter: Any) -> Proof:
+    for p in block.parameters():
+        if type(p) not in PLAIN:
+            return Proof(f"its parameters are {type(p).__name__}, not plain tensors: optimize before they are sharded")
     with (
         torch.random.fork_rng(devices=[]),
         torch.inference_mode(False),
@@ -55,7 +60,7 @@ def _try(block: nn.Module, adapter: Any) -> Proof:
         try:
             twin = _random_copy(block)
         except Exception as error:
-            return Proof(f"can't be copied for a trial run ({type(error).__name__})")
+            return Proof(f"can't be copied for a trial run ({type(error).__name__}: {error})")
         try:
             parts = adapter.read(twin)
             x = torch.randn(2, _TOKENS, parts.qkv[0][0].shape[1], dtype=torch.float64, device="cpu")

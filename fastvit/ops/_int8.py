@@ -3,10 +3,14 @@
 An entry belongs to a tensor object and goes with it.  It holds one byte per element and four per row, is made at the
 first call, and made anew when the weight has changed: its memory, layout or dtype, its version (every change in place
 but those through `.data`), or a hash of 64 elements spread over it (what changes through `.data` usually change).
+
+FSDP2 fills a parameter before each forward, mostly at the address of the last time and without moving its version.  So
+a process that has sharded anything keeps no entries, and quantises at every call.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -33,6 +37,8 @@ def operand(weight: Tensor, quantize: str | None) -> tuple[Tensor, Tensor | None
     if quantize is None:
         return weight.contiguous(), None
     dense = weight.detach().contiguous()
+    if not keeps():
+        return _quantized(dense)
     stamp = (
         weight.data_ptr(),
         weight.shape,
@@ -46,6 +52,13 @@ def operand(weight: Tensor, quantize: str | None) -> tuple[Tensor, Tensor | None
         # The stamp is older than the values: a change in between is found at the next call.
         entry = _entries[weight] = _Entry(stamp, *_quantized(dense))
     return entry.values, entry.scale
+
+
+def keeps() -> bool:
+    """Are the int8 forms kept from call to call?"""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    # Every class that fully_shard makes is one.
+    return fsdp is None or not fsdp.FSDPModule.__subclasses__()
 
 
 def forget(weight: Tensor) -> None:

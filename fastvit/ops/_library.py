@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def register(
     backward: Callable[[tuple[Any, ...], Tensor, tuple[bool, ...]], Sequence[Tensor | None] | None] | None = None,
     save: Callable[[tuple[Any, ...], Any], tuple[Tensor, ...]] | None = None,
 ) -> Any:
-    """Define `fastvit::<name>` and return its default overload.
+    """Define `fastvit::<name>` and return what calls it: its default overload, or `reference` under torch.func.
 
     Of several results the first is differentiable; the others are what a kernel leaves for its backward.
 
@@ -50,6 +51,7 @@ def register(
     save: `(arguments, result)`: the tensors to keep for `backward` besides the arguments.
     """
     name = schema.split("(", 1)[0]
+    several = "-> (" in schema
     op = define(schema, kernel=kernel, fake=fake)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -70,25 +72,51 @@ def register(
             next(tensors) if is_tensor else argument
             for argument, is_tensor in zip(ctx.arguments, ctx.is_tensor, strict=True)
         )
-        result = None if backward is None else backward(saved, grad, needs)
-        return _recompute(reference, saved[: len(needs)], grad, needs) if result is None else tuple(result)
+        # No backward operator is differentiable itself; the reference is.
+        twice = torch.is_grad_enabled()
+        result = None if backward is None or twice else backward(saved, grad, needs)
+        return _recompute(reference, saved[: len(needs)], grad, needs, twice) if result is None else tuple(result)
 
     torch.library.register_autograd(f"fastvit::{name}", backward_from_saved, setup_context=setup_context, lib=_LIBRARY)
-    return op
+
+    def call(*arguments: Any) -> Any:
+        if not is_transformed():
+            return op(*arguments)
+        if not torch.compiler.is_compiling():  # which can't trace the choice of a backend
+            fake(*arguments)  # for its checks
+        result = reference(*arguments)
+        return (result,) if several else result
+
+    return call
+
+
+def is_transformed() -> bool:
+    """Does a torch.func transform or forward-mode AD see this call?  They lack rules for custom operators.
+
+    While torch.compile traces: does forward-mode AD?  It would take the tangent for zero; vmap loops, grad raises.
+    """
+    if torch.compiler.is_compiling():
+        return torch.autograd.forward_ad._current_level >= 0
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _recompute(
-    reference: Callable[..., Tensor], arguments: tuple[Any, ...], grad: Tensor, needs: tuple[bool, ...]
+    reference: Callable[..., Tensor], arguments: tuple[Any, ...], grad: Tensor, needs: tuple[bool, ...], twice: bool
 ) -> tuple[Tensor | None, ...]:
-    """The gradient of every argument that needs one, through autograd of the reference."""
-    leaves = [
-        a.detach().requires_grad_(needed) if isinstance(a, Tensor) else a
-        for a, needed in zip(arguments, needs, strict=True)
-    ]
+    """The gradient of every argument that needs one, through autograd of the reference.
+
+    twice: the gradients will be differentiated again (`create_graph=True`).
+    """
+
+    def leaf(t: Tensor, needed: bool) -> Tensor:
+        # A view, because arguments may depend on one another, and a gradient is of its own argument alone.
+        return t.view_as(t) if twice else t.detach().requires_grad_(needed)
+
     wanted = [i for i, needed in enumerate(needs) if needed]
     with torch.enable_grad():
+        leaves = [leaf(a, needed) if isinstance(a, Tensor) else a for a, needed in zip(arguments, needs, strict=True)]
         output = reference(*leaves)
-    grads = torch.autograd.grad(output, [leaves[i] for i in wanted], grad, allow_unused=True)
+    grads = torch.autograd.grad(output, [leaves[i] for i in wanted], grad, allow_unused=True, create_graph=twice)
     result: list[Tensor | None] = [None] * len(leaves)
     for i, g in zip(wanted, grads, strict=True):
         result[i] = g
@@ -120,11 +148,15 @@ def spread(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that products run in under autocast, or None outside it (and for float64, which autocast leaves)."""
     device = x.device.type
+    if device == "meta":  # which autocast does not know
+        return None
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return None
 
 
-def in_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
+def in_dtype(dtype: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Run the reference as eager PyTorch would: under autocast to `dtype`, or plainly when it is None."""
+    if device.type == "meta":
+        return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

@@ -264,6 +264,22 @@ def test_an_input_of_a_wrong_width_gets_torchs_error(vit):
         model.blocks[0]("x")
 
 
+def test_a_weight_without_memory_gets_torchs_error(vit):
+    """As FSDP leaves its parameters between forwards."""
+    model, x = vit
+    before = first(model, x)
+    weight = model.blocks[0].mlp.fc1.weight
+    kept, storage = weight.detach().clone(), weight.untyped_storage()
+    size = storage.nbytes()
+    storage.resize_(0)
+    with pytest.raises(RuntimeError, match="storage"):
+        first(model, x)
+    storage.resize_(size)
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert torch.equal(first(model, x), before)
+
+
 def test_the_input_is_left_alone(vit):
     model, _ = vit
     x = torch.randn(2, 17, 64)

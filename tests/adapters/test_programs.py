@@ -170,6 +170,28 @@ def test_distributed_data_parallel(vit, tmp_path):
             assert relative_l2(mine.grad, theirs.grad) < 1e-4, key
 
 
+class Piece(torch.Tensor):
+    """As DTensor is: a parameter that is not all here."""
+
+
+@pytest.mark.parametrize("sharding", ["flat", "subclass"])
+@pytest.mark.parametrize("name", ["timm vit", "torchvision vit"])
+def test_optimize_of_a_sharded_model(name, sharding):
+    """FSDP1 leaves flat parts of parameters.  That is said, and held against no other model."""
+    probe._known.clear()
+    model = zoo.make(name)
+    for module in model.modules():
+        for key, p in module.named_parameters(recurse=False):
+            if sharding == "flat":
+                p.data = p.data.flatten()[: p.numel() // 3]
+            else:
+                setattr(module, key, nn.Parameter(p.detach().as_subclass(Piece)))
+    report = fastvit.report(fastvit.optimize(model))
+    assert not report.replaced
+    assert all("sharded" in r.detail for r in report.skipped)
+    assert len(fastvit.report(fastvit.optimize(zoo.make(name), strict=True)).replaced) == 3
+
+
 def test_data_parallel_replicas_see_their_own_tensors(vit):
     """A replica has plain tensors where parameters were."""
     model, _ = vit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from fastvit import ops
 from fastvit.nn import Block
@@ -125,6 +126,36 @@ def test_compiled_training_step_has_the_same_gradients():
     torch.compile(block, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
     for p, e in zip(block.parameters(), expected, strict=True):
         assert_close(p.grad, e.double())
+
+
+def test_a_training_step_compiles_once_for_any_batch():
+    block = make_block()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, fullgraph=True, backend=counter)
+    for batch in (2, 5, 3):
+        grads = []
+        for module in (compiled, block):
+            x = torch.randn(batch, 5, 64, generator=nasty.generator()).requires_grad_()
+            torch._dynamo.mark_dynamic(x, 0)
+            block.zero_grad()
+            module(x).square().sum().backward()
+            grads.append([x.grad, *(p.grad for p in block.parameters())])
+        for mine, expected in zip(*grads, strict=True):
+            assert_close(mine, expected.double())
+    assert counter.frame_count == 1
+
+
+def test_export_of_any_batch_with_gradients():
+    block = make_block().eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(block, (torch.randn(2, 5, 64),), dynamic_shapes=({0: batch},)).module()
+    for size in (1, 7):
+        x = torch.randn(size, 5, 64)
+        assert torch.equal(exported(x), block(x))
+    parameters = list(block.parameters())  # the exported module's too
+    mine, expected = (torch.autograd.grad(module(x).square().sum(), parameters) for module in (exported, block))
+    for grad, truth in zip(mine, expected, strict=True):
+        assert_close(grad, truth.double())
 
 
 def test_export():
