@@ -100,7 +100,7 @@ class CudaRecorder:
 
     @staticmethod
     def is_capturing() -> bool:
-        return torch.cuda.is_current_stream_capturing()
+        return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -116,9 +116,11 @@ class CudaRecorder:
     def aside(self) -> Iterator[None]:
         stream = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(stream)
-        with torch.cuda.stream(self._stream):
-            yield
-        stream.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            stream.wait_stream(self._stream)
 
     def capture(self, run: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
