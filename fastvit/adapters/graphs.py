@@ -12,7 +12,7 @@ import contextlib
 import functools
 import threading
 import types
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -44,6 +44,8 @@ _KEY = "_fastvit_graphs"
 
 _PLAIN = (Tensor, nn.Parameter)
 _CONSTANTS = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
+# Most of what is on a module: none of it is a tensor or a configuration.
+_BUILTIN = frozenset((type(None), bool, int, float, str, tuple, list, set, dict, OrderedDict))
 _LEAVES = frozenset((*_PLAIN, *_CONSTANTS))
 
 
@@ -267,7 +269,7 @@ class Fingerprint:
         self._collectors: list[Any] = []
         if self.obstacle is not None:
             return
-        attributes = [value for m in modules for value in vars(m).values()]
+        attributes = [value for m in modules for value in vars(m).values() if type(value) not in _BUILTIN]
         self.weights = tuple({id(t): t for t in (*weights, *(a for a in attributes if type(a) in _PLAIN))}.values())
         hooks = [hook for m in modules for hook in m._forward_hooks.values()]
         found = [getattr(hook, "__globals__", {}).get("_active_collector") for hook in hooks]
@@ -289,7 +291,7 @@ class Fingerprint:
             modules, dicts, [(kind, kind.forward) for kind in kinds], PREPARED, kept
         )
         # What the model owns and is owned by would keep it alive.
-        self._kept = [value for value in kept if not isinstance(value, Graphs)]
+        self._kept = [value for value in kept if type(value) is not Graphs]
 
     def is_in_place(self) -> bool:
         """Is all memory that a graph reads still what it was?  If so a replay does no harm, right or wrong."""
