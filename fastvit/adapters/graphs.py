@@ -285,7 +285,10 @@ class Fingerprint:
             registry._global_backward_pre_hooks,
             *{id(a): vars(a) for a in attributes if _is_configuration(a)}.values(),
         ]
-        kinds = {getattr(type(m), "fastvit_ungraphed", type(m)) for m in modules}
+        # A fused class asks for its original's forward, too.
+        kinds: set[Any] = {
+            kind for cls in {type(m) for m in modules} for kind in cls.__mro__ if "forward" in vars(kind)
+        }
         kept: list[Any] = []
         self._snapshot = _backend.extension().Snapshot(  # type: ignore[union-attr]
             modules, dicts, [(kind, kind.forward) for kind in kinds], PREPARED, kept
