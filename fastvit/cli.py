@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--image", type=Path, help="an image file (default: the photograph that scikit-learn ships)")
     bench.add_argument("--seconds", type=_seconds, default=16.0, help="measuring time over all rows")
     bench.add_argument("--output", type=Path, default=Path("fastvit-bench.png"), help="where the plot goes")
+    bench.add_argument("--cuda-graphs", action="store_true", help="with fastvit.optimize(cuda_graphs=True), on a GPU")
     _add_machine(bench)
 
     check = command(
@@ -217,6 +218,8 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     device = _set_machine(arguments)
     # Whatever can fail fails before the minute of measuring.
+    if arguments.cuda_graphs and device != "cuda":
+        raise UsageError("cuda-graphs: needs a GPU (fastvit env says what is missing)")
     for library in ("rich", "matplotlib", "PIL"):
         import_library(library)
     _check_output(arguments.output)
@@ -228,6 +231,7 @@ def _bench(arguments: argparse.Namespace) -> int:
             image=arguments.image,
             seconds=arguments.seconds,
             device=device,
+            cuda_graphs=arguments.cuda_graphs,
             progress=progress,
         )
     from fastvit.bench import plot

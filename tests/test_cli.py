@@ -141,6 +141,7 @@ def test_attention(capsys):
         (["check", "missing/config.json"], "no transformers config"),
         (["check", "torchvision:vit_b_16", "--image-size", "50"], "can't be built"),
         (["attention", "--device", "cuda"], "no GPU"),
+        (["bench", "--cuda-graphs", "--device", "cpu"], "cuda-graphs: needs a GPU"),
     ],
 )
 def test_errors_are_one_line(capsys, arguments, message):

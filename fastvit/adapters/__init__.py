@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.adapters.compare import Comparison, difference, tensors
+from fastvit.adapters.graphs import _KEY as GRAPHS
+from fastvit.adapters.graphs import Graphs, is_graphed, swap_graphs_in, swap_graphs_out
 from fastvit.adapters.int8 import choose_quantization
 from fastvit.adapters.parts import FLOAT, Quantization
 from fastvit.adapters.registry import ADAPTERS, FAMILIES, Verdict, judge_block, judge_classifier, judge_patch_conv
@@ -50,13 +52,19 @@ class _Undo:
 
 
 def optimize(
-    model: Model, *, dtype: torch.dtype | None = None, quantize: str | None = None, strict: bool = False
+    model: Model,
+    *,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    cuda_graphs: bool = False,
+    strict: bool = False,
 ) -> Model:
     """Run the Vision Transformer blocks of `model` in fused operators, in place, with the same weights and outputs.
 
     Parameters, buffers, state_dict keys, hooks, attributes and isinstance stay; `restore` undoes it exactly.  A call
     that the fused path can't serve (a mask, `output_attentions=True`, a hook on a module inside a block, dropout in
-    training) runs the original forward.  Calling it again changes nothing, or changes to another `dtype` or `quantize`.
+    training) runs the original forward.  Calling it again changes nothing, or changes to another `dtype`, `quantize` or
+    `cuda_graphs`.
 
     Args:
         model: any nn.Module that holds blocks of a supported family (`report(model)` tells).
@@ -70,6 +78,15 @@ def optimize(
             alone may go unseen; calling `optimize` again takes all weights anew.  The int8 form costs a byte per
             weight, is no part of copies, pickles and the state_dict, and goes with `restore`.
             None: no linear is quantised, nor any longer.
+        cuda_graphs: on a CUDA GPU, serve the forward of `model` by CUDA graphs, for the latency of small batches.  In
+            eval mode without gradients, the second call of a kind (shapes, dtypes, other arguments, autocast) captures
+            a graph, and later ones replay it.  Batches up to 32 are filled up to the next of ten sizes, if a trial at
+            the capture shows that the images don't influence each other; else each size has a graph of its own.  Every
+            call compares weights, modules, hooks and attributes with what they were, and captures anew after a change;
+            what it can't see is a change of what Python code refers to from elsewhere, such as globals, and of a class
+            beyond its `forward`.  Outputs are the caller's own.  Whatever a graph can't serve runs as it does without
+            (`report` says how often and why).  Graphs take memory for the activations of each bucket, are no part of
+            copies, pickles and the state_dict, and go with `restore`.
         strict: raise instead of leaving any transformer block as it was; the model is then unchanged.
 
     Returns:
@@ -83,6 +100,8 @@ def optimize(
         raise TypeError(f"model: {type(model).__name__} is not accepted; give a torch.nn.Module")
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype: {dtype} is not accepted; accepted: {', '.join(map(str, _DTYPES))} or None")
+    if not isinstance(cuda_graphs, bool):
+        raise TypeError(f"cuda_graphs: {cuda_graphs!r} is not accepted; accepted: True or False")
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize: {quantize!r} is not served by this version; accepted: 'int8' or None")
 
@@ -104,6 +123,8 @@ def optimize(
     if swaps or done:
         swaps += others
     swapped: list[nn.Module] = []
+    # Off while other classes change below it.
+    graphs = {m: taken for m in list(model.modules()) if (taken := swap_graphs_out(m)) is not None}
     quantized: list[tuple[FusedBlock, Quantization]] = []
     try:
         for module, verdict in swaps:
@@ -115,14 +136,22 @@ def optimize(
                 chosen = FLOAT if quantize is None else _judge_linears(path, module)
                 quantized.append((module, module.fastvit_quantization))
                 set_quantization(module, chosen)
+        if cuda_graphs:
+            swap_graphs_in(model, graphs.get(model) or Graphs())
         if dtype is not None:
             _convert(model, dtype)
     except BaseException:
+        swap_graphs_out(model)
         for block, before in quantized:
             set_quantization(block, before)
         for module in swapped:
             swap_out(module)
+        for module, taken in graphs.items():
+            swap_graphs_in(module, taken)
         raise
+    for module, taken in graphs.items():
+        if module is not model or not cuda_graphs:
+            taken.drop()
     return model
 
 
@@ -145,6 +174,8 @@ def restore(model: Model) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__} is not accepted; give a torch.nn.Module")
     for module in model.modules():
+        if (graphs := swap_graphs_out(module)) is not None:
+            graphs.drop()
         swap_out(module)
     undos = [(m, m.__dict__.pop(_UNDO)) for m in list(model.modules()) if _UNDO in m.__dict__]
     for module, undo in sorted(undos, key=lambda pair: pair[1].order, reverse=True):
@@ -168,7 +199,7 @@ def compare(model: nn.Module, *inputs: Any, **kwargs: Any) -> Comparison:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__} is not accepted; give a torch.nn.Module")
     with _kept(model):
-        if not any(is_fused(m) for m in model.modules()):
+        if not any(is_fused(m) or is_graphed(m) for m in model.modules()):
             optimize(model)
         optimized = _run(model, inputs, kwargs)
         restore(model)
@@ -180,7 +211,7 @@ def compare(model: nn.Module, *inputs: Any, **kwargs: Any) -> Comparison:
 @contextlib.contextmanager
 def _kept(model: nn.Module) -> Iterator[None]:
     """Put back classes, tensors and what the report and `restore` know."""
-    modules = [(m, type(m), m.__dict__.get(_UNDO), last_fallback(m)) for m in model.modules()]
+    modules = [(m, type(m), _private(m), last_fallback(m)) for m in model.modules()]
     held = [(p, p.data) for p in model.parameters()]
     grads = [(p.grad, p.grad.data) for p in model.parameters() if p.grad is not None]
     # A model in training writes into its buffers.
@@ -188,17 +219,22 @@ def _kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, cls, undo, fallback in modules:
+        for module, cls, private, fallback in modules:
             module.__class__ = cls
-            module.__dict__.pop(_UNDO, None)
-            if undo is not None:
-                module.__dict__[_UNDO] = undo
+            for key in _private(module):
+                del module.__dict__[key]
+            module.__dict__.update(private)
             note_fallback(module, fallback)
         for t, data in (*held, *grads):
             t.data = data
         for b, data, values in buffers:
             b.data = data
             b.data.copy_(values)
+
+
+def _private(module: nn.Module) -> dict[str, Any]:
+    """What `optimize` has left on a module."""
+    return {key: module.__dict__[key] for key in (_UNDO, GRAPHS) if key in module.__dict__}
 
 
 def _raise_if_left(blocks: dict[str, tuple[nn.Module, Verdict]], done: bool) -> None:

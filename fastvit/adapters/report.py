@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastvit.adapters.graphs import graphs_sentence, is_graphed
 from fastvit.adapters.readout import FusedReadout, read_in_part
 from fastvit.adapters.registry import judge_block, judge_patch_conv
 from fastvit.adapters.swap import FusedBlock, is_fused, last_fallback
@@ -34,6 +35,8 @@ class Report:
 
     rows: list[Row] = field(default_factory=list)
     backend: str = ""
+    # How the graphs of `optimize(cuda_graphs=True)` went, by the path of the module that has them.
+    cuda_graphs: dict[str, str] = field(default_factory=dict)
 
     @property
     def replaced(self) -> list[Row]:
@@ -46,11 +49,12 @@ class Report:
         return [r for r in self.rows if r.status in ("left", "ready")]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"backend": self.backend, "rows": [asdict(r) for r in self.rows]}
+        return {"backend": self.backend, "rows": [asdict(r) for r in self.rows], "cuda_graphs": self.cuda_graphs}
 
     def __str__(self) -> str:
+        graphs = [f"CUDA graphs of {path or '(model)'}: {told}" for path, told in self.cuda_graphs.items()]
         if not self.rows:
-            return "no Vision Transformer block was found: nothing to replace"
+            return "\n".join(["no Vision Transformer block was found: nothing to replace", *graphs])
         lines = [("module", "class", "status", "what runs, or why it was left")]
         lines += [(r.path or "(model)", r.cls, r.status, r.detail) for r in self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(3)]
@@ -65,7 +69,7 @@ class Report:
             + (f", {fallbacks} of the replaced ran their original forward last time" if fallbacks else "")
             + f"; backend: {self.backend}"
         )
-        return "\n".join(table)
+        return "\n".join([*table, *graphs])
 
 
 def report(model: nn.Module) -> Report:
@@ -98,7 +102,8 @@ def report(model: nn.Module) -> Report:
             for path, m in model.named_modules()
             if not is_fused(m) and (verdict := judge_patch_conv(path, m))
         ]
-    return Report(rows, _backend(model))
+    graphs = {path: graphs_sentence(m) for path, m in model.named_modules() if is_graphed(m)}
+    return Report(rows, _backend(model), graphs)
 
 
 def _sentence(module: Any) -> str:

@@ -32,6 +32,9 @@ from fastvit.adapters.parts import (
 from fastvit.adapters.prepared import forget, prepare, run_prepared
 from fastvit.ops import _int8
 
+# What a class that `fused_class` made has, and nobody else.
+_MADE = "fastvit_original"
+
 # Why a module last ran its original forward; beside the modules, so that they gain no attribute.
 _fallbacks: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
@@ -279,7 +282,7 @@ def swap_out(module: nn.Module) -> None:
         if has_own_forward(module):
             module.__dict__.pop("forward", None)
         forget_int8(module)
-        module.__class__ = _with_fused(type(module), lambda fused: fused.fastvit_original)
+        module.__class__ = with_made(type(module), _MADE, lambda fused: fused.fastvit_original)
         _fallbacks.pop(module, None)
 
 
@@ -292,7 +295,7 @@ def set_quantization(block: FusedBlock, quantization: Quantization) -> None:
 
     forget_int8(block)  # type: ignore[arg-type]
     if block.fastvit_quantization != quantization:
-        block.__class__ = _with_fused(type(block), changed)
+        block.__class__ = with_made(type(block), _MADE, changed)
 
 
 def forget_int8(block: nn.Module) -> None:
@@ -302,11 +305,11 @@ def forget_int8(block: nn.Module) -> None:
         _int8.forget(p)
 
 
-def _with_fused(cls: type, change: Callable[[type[Fused]], type]) -> type:
-    """`cls` with `change` of the made class in its place."""
-    if "fastvit_original" in vars(cls):
+def with_made(cls: type, mark: str, change: Callable[[Any], type]) -> type:
+    """`cls` with `change` of the made class in its place: the one that has the attribute `mark` of its own."""
+    if mark in vars(cls):
         return change(cls)
     # Somebody (FSDP2, parametrize) has derived a class of their own since.
-    bases = tuple(_with_fused(base, change) if issubclass(base, Fused) else base for base in cls.__bases__)
+    bases = tuple(with_made(base, mark, change) if hasattr(base, mark) else base for base in cls.__bases__)
     namespace = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
     return type(cls)(cls.__name__, bases, namespace)

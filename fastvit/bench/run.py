@@ -62,11 +62,13 @@ def bench(
     image: Path | None = None,
     seconds: float = 30.0,
     device: str = "cpu",
+    cuda_graphs: bool = False,
     progress: Progress = _silent,
 ) -> list[BenchRow]:
     """Measure a model on a photograph; weights are random with a fixed seed.
 
     Args:
+        cuda_graphs: as in `fastvit.optimize`.
         seconds: measuring time over all rows, warming up included and the float64 truth not.
         progress: told (what is being done, fraction done).
     """
@@ -87,7 +89,7 @@ def bench(
     for i, (dtype_name, batch) in enumerate((d, b) for d in dtypes for b in batches):
         dtype = _dtype(dtype_name)
         eager = copy.deepcopy(model).to(device, dtype)
-        fast = optimize(copy.deepcopy(eager))
+        fast = optimize(copy.deepcopy(eager), cuda_graphs=cuda_graphs)
         x = pictures[:batch].to(device, dtype)
         title = f"{name} {dtype_name} batch {batch}"
 
