@@ -84,7 +84,8 @@ def prepare(block: nn.Module, inner: list[nn.Module], parts: BlockParts, x: Tens
     if parts.config is not None:
         dicts.append(vars(parts.config))
     kept: list[Any] = [operands, guards]
-    kinds: set[Any] = {type(m) for m in modules}
+    # The block's own class is a made one, whose forward stands for the original's.
+    kinds: set[Any] = {type(m) for m in modules} | {block.fastvit_original}
     snapshot = extension.Snapshot(modules, dicts, [(kind, kind.forward) for kind in kinds], _KEY, kept)
     activation = parts.activation if isinstance(parts.activation, str) else read_activation(parts.activation)
     call = extension.PreparedBlock(

@@ -170,6 +170,16 @@ def test_a_patched_class_takes_effect(vit, monkeypatch):
         assert relative_l2(first(model, x), before) < 1e-6
 
 
+def test_a_patched_class_of_blocks_takes_effect(vit, monkeypatch):
+    model, x = vit
+    before = first(model, x)
+    monkeypatch.setattr(type(blocks(model)[0]).fastvit_original, "forward", lambda self, x: x)
+    assert relative_l2(first(model, x), before) > 1e-3
+    monkeypatch.undo()
+    for _ in range(2):
+        assert relative_l2(first(model, x), before) < 1e-6
+
+
 def test_a_global_hook_takes_effect(vit):
     model, x = vit
     seen = []
