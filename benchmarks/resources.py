@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +31,9 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 import triton
 from fastvit.kernels import choices
-from fastvit.kernels.attention import attention, lse_shape
+from fastvit.kernels.attention import attention
 from fastvit.kernels.attention_backward import attention_backward
+from fastvit.kernels.attention_call import Call
 from fastvit.kernels.attention_prologue import prologue, prologue_backward
 from fastvit.kernels.launch import ARCHS, Launch, record
 from fastvit.kernels.linear_residual import linear_residual, linear_residual_backward
@@ -128,7 +129,7 @@ def _attention_cases() -> Iterator[Case]:
                 if not backward:
                     attention(q, k, v, **arguments)
                     return
-                lse = _meta(*lse_shape(q, options.get("window"), options.get("grid")), dtype=torch.float32)
+                lse = _meta(*Call(q, k, v, **arguments).lse_shape, dtype=torch.float32)
                 out = _meta(*q.shape[:2], heads * head_dim, dtype=dtype)
                 index = _meta(*lse.shape[2:] * 2, dtype=torch.int64) if "bias_table" in options else None
                 attention_backward(
@@ -399,26 +400,32 @@ def _matmul_precision(name: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+def specialise(launch: Launch) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
     """Signature, constants and attributes as Triton's own launch finds them, for pointers aligned to 16 bytes."""
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    for parameter in launch.kernel.params:
-        value = launch.arguments[parameter.name]
-        at = (parameter.num,)
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[parameter.name] = "constexpr"
+
+    def find(value: Any, at: tuple[int, ...], constant: bool = False) -> Any:
+        """The type of one argument, or the types of a tuple's."""
+        if isinstance(value, tuple) and not constant:
+            types = [find(inner, (*at, i)) for i, inner in enumerate(value)]
+            return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+        if constant or value is None or (isinstance(value, int) and value == 1):
             constants[at] = value
-        elif isinstance(value, Tensor):
-            signature[parameter.name] = "*" + _TYPES[value.dtype]
+            return "constexpr"
+        if isinstance(value, Tensor):
             attributes[at] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            return "*" + _TYPES[value.dtype]
+        if isinstance(value, int):
             if value % 16 == 0:
                 attributes[at] = [["tt.divisibility", 16]]
-        else:
-            signature[parameter.name] = "fp32"
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+        return "fp32"
+
+    for parameter in launch.kernel.params:
+        value = launch.arguments[parameter.name]
+        signature[parameter.name] = find(value, (parameter.num,), parameter.is_constexpr)
     return signature, constants, attributes
 
 
@@ -435,11 +442,12 @@ def measure(case: Case, launch: Launch, arch: str) -> Resources:
     compiled = compile_launch(launch, arch)
     read = _read_amd if arch.startswith("gfx") else _read_nvidia
     registers, spilled, code = read(compiled)
-    config = " ".join(
-        f"{parameter.name}={launch.arguments[parameter.name]}"
-        for parameter in launch.kernel.params
-        if parameter.is_constexpr
-    )
+    constants = {p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr}
+    for name, value in list(constants.items()):
+        if is_dataclass(value):
+            constants = asdict(value) | constants
+            del constants[name]
+    config = " ".join(f"{name}={value}" for name, value in constants.items())
     return Resources(
         operator=case.operator,
         label=case.label,

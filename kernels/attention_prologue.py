@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels.attention import unit_stride
+from fastvit.kernels.attention_call import unit_stride
 from fastvit.kernels.launch import launch, multiprocessors
 from torch import Tensor
 
