@@ -176,6 +176,34 @@ def _attention_cases() -> Iterator[Case]:
     ):  # fmt: skip
         for backward in (False, True):
             yield case(label, n, 12, 64, backward=backward, **options)
+
+    # q and k normalised and rotated as they are loaded, in both kernels: every style, every padding of a half.
+    def prepared(
+        label: str, n: int, head_dim: int, norm: str = "layer", rope: str = "half",
+        dtype: torch.dtype = torch.bfloat16, **options: Any,
+    ) -> Case:  # fmt: skip
+        weight = None if norm == "none" else _meta(head_dim, dtype=dtype)
+        bias = weight if norm == "layer" else None
+        table = _meta(n - 5, head_dim, dtype=torch.float32)
+        return case(
+            f"{label}, norm {norm}, RoPE {rope}", n, 12, head_dim, dtype, qk_norm=norm, q_norm_weight=weight,
+            q_norm_bias=bias, k_norm_weight=weight, k_norm_bias=bias, rope=None if rope == "none" else (table, table),
+            rope_interleaved=rope == "interleaved", **options,
+        )  # fmt: skip
+
+    for n, head_dim in ((201, 64), (144, 72), (144, 80), (201, 80), (144, 96), (128, 128), (261, 64), (77, 64)):
+        for rope in ("half", "interleaved"):
+            yield prepared("prepared", n, head_dim, "layer", rope)
+    for norm, rope in (("none", "half"), ("none", "interleaved"), ("rms", "half"), ("rms", "interleaved")):
+        yield prepared("prepared", 201, 64, norm, rope)
+    for head_dim in (64, 128):
+        yield prepared("prepared", 201, head_dim, "layer", "none")
+    for head_dim in (64, 72, 104, 128):
+        yield prepared("prepared packed", 4096, head_dim, cu_seqlens=_meta(33, dtype=torch.int32))
+    for tf32 in (False, True):
+        yield prepared("prepared", 201, 64, "layer", "interleaved", torch.float32, tf32=tf32)
+        yield prepared("prepared", 201, 104, "layer", "half", torch.float32, tf32=tf32)
+    yield prepared("prepared with bias", 101, 64, bias=True)
     for head_dim in (64, 80):
         yield Case("attention prologue", f"LayerNorm and RoPE, D={head_dim}", torch.bfloat16, _prologue(head_dim))
 

@@ -14,6 +14,13 @@ blocks.
 Tiles need powers of two and head dims are not: D is split (72 = 64 + 16 with 8 columns masked), which wastes at most
 a quarter in registers and nothing in memory.  Nk likewise: 197 runs as 128 + 64 + 16.
 
+A norm and a rotation of q and k run inside either kernel, as it loads them (attention_prologue.py), or as a pass over
+memory before it.  The pass costs 8 (Nq + Nk) D / 2 bytes a head in 16 bits, and two launches.  Inside they cost some 12
+instructions a channel of each row, for a key as often as a program loads it: once in `_short`, or once for every part
+that a head is split into; once for every block of queries in `_long`.  An H100 moves 23 bytes a nanosecond for each SM
+and runs 220 such instructions, so that about four loads of a key cost what the pass costs; where the programs don't
+fill the GPU once, only launches count.  `_prepares_inside` says so, for all.
+
 attention_call.py tells how kernels take their arguments, attention_tile.py what they do to a tile.
 """
 
@@ -21,12 +28,14 @@ attention_call.py tells how kernels take their arguments, attention_tile.py what
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from fastvit.kernels.attention_call import Call, Tile, heads_of, unit_stride
+from fastvit.kernels.attention_prologue import load_k, load_q, prologue
 from fastvit.kernels.attention_tile import (
     add_product,
     adjust,
@@ -91,51 +100,100 @@ for _tiles in _LONG.values():
         ("ieee", 256): Tile(16, 32, 4, 1),
     }
 
-# Padded head dim up to -> longest Nk that `_short` serves in 16 bits, without and with bias.  Beyond it, registers (on
-# sm100 tensor memory) run out; on sm80 and gfx942, where products read registers, at once.
-_SHORT = {
+# Padded head dim up to -> longest Nk that `_short` serves in 16 bits: alone, with bias, preparing q and k.  Beyond it,
+# registers (on sm100 tensor memory) run out; on sm80 and gfx942, where products read registers, at once.
+_SHORT: dict[str, dict[int, tuple[int, int, int]]] = {
     "sm80": {},
-    "sm90": {64: (272, 128), 80: (208, 128), 96: (192, 128), 128: (128, 0)},
-    "sm100": {64: (272, 128), 80: (256, 128), 96: (192, 128), 128: (128, 0)},
+    "sm90": {64: (272, 128, 272), 80: (208, 128, 144), 96: (192, 128, 144), 128: (128, 0, 128)},
+    "sm100": {64: (272, 128, 272), 80: (256, 128, 144), 96: (192, 128, 144), 128: (128, 0, 128)},
     "gfx942": {},
 }
 
+# How many programs may normalise and rotate the same key.
+_READERS = 4
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, lse: Tensor | None = None, **options: Any) -> Tensor:
-    """Launch: the meaning of `fastvit.ops.attention`, with q and k already rotated and normalised.
+    """Launch: the meaning of `fastvit.ops.attention`.
 
     lse: float32 `Call.lse_shape`, where the log2 of every row's sum is written for the backward.
     options: as `Call` names them.
     """
     call = Call(unit_stride(q), unit_stride(k), unit_stride(v), **options)
+    if call.prepares and not _prepares_inside(call):
+        call = _prepared(call)
     out = torch.empty(*q.shape[:2], q.shape[2] * q.shape[3], dtype=q.dtype, device=q.device)
     rows_out = heads_of(out, call.heads)
-    arguments = call.arguments() | {"out": rows_out, "lse": lse, "C": call.static(rows_out)}
-    name = arch(q.device)
-    block_m = 16 if call.nq <= 16 else 64
-    limits = next((limits for widest, limits in _SHORT[name].items() if call.width <= widest), (0, 0))
-    if call.kind == "16" and call.nk <= limits[call.changed] and call.cu_seqlens is None:
-        blocks = -(-call.nq // block_m)
-        # A program for each head fills the GPU a few times over in a large batch; a small one needs more of them.
-        parts = min(blocks, -(-4 * multiprocessors(q.device) // (call.sequences * call.heads)))
+    arguments = call.arguments() | {
+        "prologue": call.prologue(),
+        "out": rows_out,
+        "lse": lse,
+        "C": call.static(rows_out),
+    }
+    if parts := _parts(call):
         launch(
             _short,
             call.sequences * call.heads * parts,
             **arguments,
             parts=parts,
-            CHUNKS=next(chunks for longest, chunks in _CHUNKS if call.nk <= longest),
-            BLOCK_M=block_m,
+            CHUNKS=_chunks(call),
+            BLOCK_M=_block_m(call),
             num_warps=4,
             num_stages=1,
         )
         return out
-    tile = _LONG[name][call.kind, min(256, max(64, triton.next_power_of_2(call.width)))]
-    # A tile of bias takes the registers of a tile of logits; in float32 what a product holds counts for more.
-    block_n = tile.block_n // 2 if call.changed and call.kind == "16" else tile.block_n
-    tile = tile._replace(block_m=min(tile.block_m, block_m), block_n=block_n)
-    tail, last = _tail(call.nk % block_n) if call.cu_seqlens is None else (0, 0)
+    tile = _tile(call)
+    tail, last = _tail(call.nk % tile.block_n) if call.cu_seqlens is None else (0, 0)
     launch(_long, call.programs(call.nq, tile.block_m), **arguments, TAIL=tail, LAST=last, **tile.options())
     return out
+
+
+def _block_m(call: Call) -> int:
+    return 16 if call.nq <= 16 else 64
+
+
+def _chunks(call: Call) -> tuple[int, ...]:
+    chunks = next(chunks for longest, chunks in _CHUNKS if call.nk <= longest)
+    # Prepared in float32 128 keys at a time would take every register.
+    return tuple(width for chunk in chunks for width in ((64, 64) if chunk == 128 and call.prepares else (chunk,)))
+
+
+def _tile(call: Call) -> Tile:
+    tile = _LONG[arch(call.q.device)][call.kind, min(256, max(64, triton.next_power_of_2(call.width)))]
+    tile = tile._replace(block_m=min(tile.block_m, _block_m(call)))
+    # A tile of bias takes the registers of a tile of logits; in float32 what a product holds counts for more.
+    if call.changed and call.kind == "16":
+        tile = tile._replace(block_n=tile.block_n // 2)
+    if call.prepares and call.width > 64:  # and so do keys in float32
+        tile = tile._replace(block_n=min(tile.block_n, 32), num_warps=8 if call.kind == "ieee" else tile.num_warps)
+    return tile
+
+
+def _parts(call: Call) -> int:
+    """How many programs of `_short` split a head's queries; 0: `_long` serves."""
+    limits = next((limits for widest, limits in _SHORT[arch(call.q.device)].items() if call.width <= widest), (0, 0, 0))
+    longest = min(limits[0], limits[1] if call.changed else limits[0], limits[2] if call.prepares else limits[0])
+    if call.kind != "16" or call.nk > longest or call.cu_seqlens is not None:
+        return 0
+    # A program for each head fills the GPU a few times over in a large batch; a small one needs more of them.
+    return min(-(-call.nq // _block_m(call)), -(-4 * multiprocessors(call.q.device) // (call.sequences * call.heads)))
+
+
+def _prepares_inside(call: Call) -> bool:
+    """Are q and k normalised and rotated as they are loaded?  Each key is so once by every program of its head."""
+    heads = call.sequences * call.heads
+    programs = heads * _parts(call) or call.programs(call.nq, _block_m(call))
+    return programs <= max(_READERS * heads, multiprocessors(call.q.device))
+
+
+def _prepared(call: Call) -> Call:
+    """With q and k normalised and rotated by a pass over memory."""
+    shared = {
+        "norm": call.qk_norm, "eps": call.qk_norm_eps, "rope": call.rope, "interleaved": call.rope_interleaved,
+    }  # fmt: skip
+    q = prologue(call.q, weight=call.q_norm_weight, bias=call.q_norm_bias, **shared)
+    k = prologue(call.k, weight=call.k_norm_weight, bias=call.k_norm_bias, **shared)
+    return replace(call, q=q, k=k, qk_norm="none", rope=None)
 
 
 def _tail(keys: int) -> tuple[int, int]:
@@ -165,7 +223,8 @@ def _finite(top):
 
 @triton.jit
 def _short(
-    q, k, v, out, lse, sizes, changes, parts, C: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr
+    q, k, v, out, lse, sizes, changes, prologue, parts,
+    C: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """All of one head, or one of `parts` that split its queries."""
     part = tl.program_id(0) % parts
@@ -180,12 +239,12 @@ def _short(
     ks = ()
     vs = ()
     for c in tl.static_range(len(CHUNKS)):
-        ks = ks + (load(k, first(CHUNKS, c), sizes.nk, place, c == len(CHUNKS) - 1, CHUNKS[c], C),)
+        ks = ks + (load_k(k, first(CHUNKS, c), prologue, place, c == len(CHUNKS) - 1, CHUNKS[c], C),)
         vs = vs + (load(v, first(CHUNKS, c), sizes.nk, place, c == len(CHUNKS) - 1, CHUNKS[c], C),)
 
     for block in tl.range(part, tl.cdiv(nq, BLOCK_M), parts):
         m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        qs = load(q, block * BLOCK_M, nq, place, True, BLOCK_M, C)
+        qs = load_q(q, block * BLOCK_M, prologue, place, BLOCK_M, C)
         logits = ()
         for c in tl.static_range(len(CHUNKS)):
             n = first(CHUNKS, c) + tl.arange(0, CHUNKS[c])
@@ -213,11 +272,11 @@ def _short(
 
 @triton.jit
 def _online(
-    qs, k, v, m, start, place, scale, changes, acc, total, top,
+    qs, k, v, m, start, place, scale, changes, prologue, acc, total, top,
     MASKED: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of the online softmax."""
-    ks = load(k, start, place.nk, place, MASKED, WIDTH, C)
+    ks = load_k(k, start, prologue, place, MASKED, WIDTH, C)
     n = start + tl.arange(0, WIDTH)
     s = adjust(product(qs, ks, C), m[:, None], n[None, :], place, scale, changes, MASKED, C)
     here = tl.max(s, 1)
@@ -239,7 +298,7 @@ def _online(
 
 @triton.jit
 def _long(
-    q, k, v, out, lse, sizes, changes,
+    q, k, v, out, lse, sizes, changes, prologue,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """One block of queries."""
@@ -253,24 +312,26 @@ def _long(
     out = head_of(out, place, C)
 
     m = row + tl.arange(0, BLOCK_M)
-    qs = load(q, row, nq, place, True, BLOCK_M, C)
+    qs = load_q(q, row, prologue, place, BLOCK_M, C)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = zero_pieces(BLOCK_M, C)
     full = nk // BLOCK_N * BLOCK_N
     for start in tl.range(0, full, BLOCK_N):
         acc, total, top = _online(
-            qs, k, v, m, start, place, scale, changes, acc, total, top, False, BLOCK_N, C
+            qs, k, v, m, start, place, scale, changes, prologue, acc, total, top, False, BLOCK_N, C
         )  # fmt: skip
     if sizes.cu_seqlens is not None:  # whose lengths are known only here
         for start in tl.range(full, nk, BLOCK_N):
             acc, total, top = _online(
-                qs, k, v, m, start, place, scale, changes, acc, total, top, True, BLOCK_N, C
+                qs, k, v, m, start, place, scale, changes, prologue, acc, total, top, True, BLOCK_N, C
             )  # fmt: skip
     if TAIL > 0:
-        acc, total, top = _online(qs, k, v, m, full, place, scale, changes, acc, total, top, False, TAIL, C)
+        acc, total, top = _online(qs, k, v, m, full, place, scale, changes, prologue, acc, total, top, False, TAIL, C)
     if LAST > 0:
-        acc, total, top = _online(qs, k, v, m, full + TAIL, place, scale, changes, acc, total, top, True, LAST, C)
+        acc, total, top = _online(
+            qs, k, v, m, full + TAIL, place, scale, changes, prologue, acc, total, top, True, LAST, C
+        )
     store(out, m, nq, acc, _inverse(total), place, C)
     if lse is not None:
         if C.holes:

@@ -100,6 +100,19 @@ class Changes(NamedTuple):
     dropout: Dropout | None
 
 
+class Prologue(NamedTuple):
+    """What q and k are normalised and rotated with as they are loaded."""
+
+    q_weight: Tensor | None  # (D,)
+    q_bias: Tensor | None
+    k_weight: Tensor | None
+    k_bias: Tensor | None
+    eps: float
+    cos: Tensor | None  # (P, D)
+    sin: Tensor | None
+    prefix: int  # tokens that are not rotated
+
+
 class Sizes(NamedTuple):
     heads: int
     nq: int  # of one sequence; with packed sequences of all
@@ -123,13 +136,16 @@ class Static:
     keys: tuple[int, int] | None  # rows and columns that decomposed positions tell apart
     sequences: int  # a power of two
     precision: str
+    norm: str = "none"  # of q and k, as they are loaded
+    rope: str = "none"  # "half", "interleaved": where a channel's partner lies
+    halves: tuple[int, ...] = ()  # widths of the pieces that cover either half of a rotated head dim
 
 
 @dataclass(frozen=True)
 class Call:
     """What the launchers of forward and backward are asked for.
 
-    Shapes as in `fastvit.ops.attention`, but q and k are already rotated and normalised.
+    Shapes and meanings as in `fastvit.ops.attention`; the backward takes q and k normalised and rotated already.
     """
 
     q: Tensor
@@ -148,6 +164,14 @@ class Call:
     shift: tuple[int, int] = (0, 0)
     dropout_p: float = 0.0
     dropout_seed: Tensor | None = None
+    qk_norm: str = "none"
+    q_norm_weight: Tensor | None = None
+    q_norm_bias: Tensor | None = None
+    k_norm_weight: Tensor | None = None
+    k_norm_bias: Tensor | None = None
+    qk_norm_eps: float = 1e-6
+    rope: tuple[Tensor, Tensor] | None = None
+    rope_interleaved: bool = False
 
     @property
     def heads(self) -> int:
@@ -200,6 +224,11 @@ class Call:
         given = (self.bias, self.key_mask, self.rel_pos_h, self.bias_table)
         return any(t is not None for t in given) or self.dropout_p > 0.0 or any(self.shift)
 
+    @property
+    def prepares(self) -> bool:
+        """Are q and k to be normalised or rotated?"""
+        return self.qk_norm != "none" or self.rope is not None
+
     def programs(self, rows: int, block: int) -> int:
         """One for each head and block of each sequence; of packed sequences every one may end in part of a block."""
         if self.cu_seqlens is not None:
@@ -209,13 +238,17 @@ class Call:
     def arguments(self) -> dict[str, Any]:
         """What every kernel takes."""
         sizes = Sizes(self.heads, self.nq, self.nk, self.sequences, self._scale * math.log2(math.e), self.cu_seqlens)
-        return {
-            "q": rows(self.q),
-            "k": rows(self.k),
-            "v": rows(self.v),
-            "sizes": sizes,
-            "changes": self._changes(),
-        }
+        q, k, v = (rows(t) for t in (self.q, self.k, self.v))
+        return {"q": q, "k": k, "v": v, "sizes": sizes, "changes": self._changes()}
+
+    def prologue(self) -> Prologue | None:
+        """What the forward's kernels take beside that."""
+        if not self.prepares:
+            return None
+        vectors = (self.q_norm_weight, self.q_norm_bias, self.k_norm_weight, self.k_norm_bias)
+        cos, sin = (None, None) if self.rope is None else (t.contiguous() for t in self.rope)
+        prefix = 0 if cos is None else self.q.shape[1] - cos.shape[0]
+        return Prologue(*(None if t is None else t.contiguous() for t in vectors), self.qk_norm_eps, cos, sin, prefix)
 
     def static(self, *others: Rows) -> Static:
         """others: what the kernel takes beside q, k and v."""
@@ -243,6 +276,9 @@ class Call:
             keys=keys,
             sequences=1 if self.cu_seqlens is None else triton.next_power_of_2(self.sequences),
             precision="tf32" if self.kind == "16" else self.kind,
+            norm=self.qk_norm,
+            rope="none" if self.rope is None else "interleaved" if self.rope_interleaved else "half",
+            halves=() if self.rope is None else _split(self.head_dim // 2, max(self.split)),
         )
 
     @property

@@ -137,7 +137,17 @@ def image_rows(n, place, C: tl.constexpr):
 
 
 @triton.jit
-def _load_piece(ptr, n, valid, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+def rows_of(head, start, place, ROWS: tl.constexpr, C: tl.constexpr):
+    """A pointer, and what to add to it for each of rows start .. start + ROWS of a head."""
+    n = tl.arange(0, ROWS)
+    if C.window is None:
+        return head.ptr + tl.cast(start, tl.int64) * head.row, n * head.row
+    else:
+        return head.ptr, image_rows(start + n, place, C).to(tl.int64) * head.row
+
+
+@triton.jit
+def load_piece(ptr, n, valid, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
     d = FIRST + tl.arange(0, WIDTH)
     at = ptr + (n[:, None] + d[None, :])
     if MASKED:
@@ -157,17 +167,11 @@ def load(head, start, limit, place, MASKED: tl.constexpr, ROWS: tl.constexpr, C:
     """Rows start .. start + ROWS of a head, as one tile per piece of the head dim."""
     HEAD_DIM: tl.constexpr = C.head_dim
     SPLIT: tl.constexpr = C.split
-    n = tl.arange(0, ROWS)
-    valid = n < limit - start
-    ptr = head.ptr
-    if C.window is None:
-        ptr += tl.cast(start, tl.int64) * head.row
-        at = n * head.row
-    else:
-        at = image_rows(start + n, place, C).to(tl.int64) * head.row
+    valid = tl.arange(0, ROWS) < limit - start
+    ptr, at = rows_of(head, start, place, ROWS, C)
     pieces = ()
     for i in tl.static_range(len(SPLIT)):
-        pieces = pieces + (_load_piece(ptr, at, valid, MASKED, HEAD_DIM, first(SPLIT, i), SPLIT[i]),)
+        pieces = pieces + (load_piece(ptr, at, valid, MASKED, HEAD_DIM, first(SPLIT, i), SPLIT[i]),)
     return pieces
 
 
