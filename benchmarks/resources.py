@@ -201,8 +201,8 @@ def _attention_cases() -> Iterator[Case]:
     for head_dim in (64, 72, 104, 128):
         yield prepared("prepared packed", 4096, head_dim, cu_seqlens=_meta(33, dtype=torch.int32))
     for tf32 in (False, True):
-        yield prepared("prepared", 201, 64, "layer", "interleaved", torch.float32, tf32=tf32)
-        yield prepared("prepared", 201, 104, "layer", "half", torch.float32, tf32=tf32)
+        yield prepared("prepared", 101, 64, "layer", "interleaved", torch.float32, tf32=tf32)
+        yield prepared("prepared", 101, 104, "layer", "half", torch.float32, tf32=tf32)
     yield prepared("prepared with bias", 101, 64, bias=True)
     for head_dim in (64, 80):
         yield Case("attention prologue", f"LayerNorm and RoPE, D={head_dim}", torch.bfloat16, _prologue(head_dim))

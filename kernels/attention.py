@@ -15,11 +15,12 @@ Tiles need powers of two and head dims are not: D is split (72 = 64 + 16 with 8 
 a quarter in registers and nothing in memory.  Nk likewise: 197 runs as 128 + 64 + 16.
 
 A norm and a rotation of q and k run inside either kernel, as it loads them (attention_prologue.py), or as a pass over
-memory before it.  The pass costs 8 (Nq + Nk) D / 2 bytes a head in 16 bits, and two launches.  Inside they cost some 12
-instructions a channel of each row, for a key as often as a program loads it: once in `_short`, or once for every part
-that a head is split into; once for every block of queries in `_long`.  An H100 moves 23 bytes a nanosecond for each SM
-and runs 220 such instructions, so that about four loads of a key cost what the pass costs; where the programs don't
-fill the GPU once, only launches count.  `_prepares_inside` says so, for all.
+memory before it.  The pass costs 4 (Nq + Nk) D bytes a head in 16 bits, and two launches.  Inside they cost some 11
+instructions for each channel of a row, and do so for a key as often as a program loads it: once for every part that
+`_short` cuts a head into, once for every block of queries in `_long`.  For each of its SMs an H100 moves 23 bytes and
+runs 220 such instructions in a nanosecond, so six loads of a key would cost what the pass costs; four are the limit
+(`_READERS`), since prepared keys can't be copied to shared memory behind the arithmetic.  Where the programs don't fill
+the GPU once, launches are what counts, and any number may.  `_prepares_inside` is the rule.
 
 attention_call.py tells how kernels take their arguments, attention_tile.py what they do to a tile.
 """
@@ -109,8 +110,8 @@ _SHORT: dict[str, dict[int, tuple[int, int, int]]] = {
     "gfx942": {},
 }
 
-# How many programs may normalise and rotate the same key.
-_READERS = 4
+# How many programs may normalise and rotate the same key, and the widest head that leaves them registers to.
+_READERS, _WIDEST_PREPARED = 4, 128
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, lse: Tensor | None = None, **options: Any) -> Tensor:
@@ -180,10 +181,11 @@ def _parts(call: Call) -> int:
 
 
 def _prepares_inside(call: Call) -> bool:
-    """Are q and k normalised and rotated as they are loaded?  Each key is so once by every program of its head."""
+    """Are q and k normalised and rotated as they are loaded, each key once by every program of its head?"""
     heads = call.sequences * call.heads
-    programs = heads * _parts(call) or call.programs(call.nq, _block_m(call))
-    return programs <= max(_READERS * heads, multiprocessors(call.q.device))
+    programs = heads * _parts(call) or call.programs(call.nq, _tile(call).block_m)
+    few = programs <= max(_READERS * heads, multiprocessors(call.q.device))
+    return few and call.head_dim <= _WIDEST_PREPARED
 
 
 def _prepared(call: Call) -> Call:
