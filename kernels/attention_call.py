@@ -75,11 +75,10 @@ class Relative(NamedTuple):
 
 
 class Table(NamedTuple):
-    """float32 (H, entries); index int32 (Nq, Nk), None where the grid tells."""
+    """float32 (H, entries)."""
 
     ptr: Tensor
     entries: int
-    index: Tensor | None
 
 
 class Dropout(NamedTuple):
@@ -90,13 +89,17 @@ class Dropout(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What is added to logits, masks them or drops their weights."""
+    """What is added to logits, masks them or drops their weights.
+
+    Kernels ask whether one is None, so none of them holds a None itself: Triton 3.6 can't compare such a tuple.
+    """
 
     bias: Bias | None
     key_mask: KeyMask | None
     rel_h: Relative | None
     rel_w: Relative | None
     table: Table | None
+    table_index: Tensor | None  # int32 (Nq, Nk); None where the grid tells
     dropout: Dropout | None
 
 
@@ -286,7 +289,7 @@ class Call:
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
     def _changes(self) -> Changes:
-        bias = key_mask = rel_h = rel_w = table = dropout = None
+        bias = key_mask = rel_h = rel_w = table = index = dropout = None
         if self.bias is not None:
             t = self.bias.float() if self.bias.dtype == torch.float64 else self.bias
             t = t.expand(self.sequences, self.heads, self.nq, self.nk)
@@ -298,14 +301,15 @@ class Call:
         if self.bias_table is not None:
             # A head's entries side by side, so that a tile's lie on a few cache lines.
             t = self.bias_table.float().t().contiguous()
-            index = None if self.bias_index is None else self.bias_index.to(torch.int32).contiguous()
-            table = Table(t, t.shape[1], index)
+            table = Table(t, t.shape[1])
+            if self.bias_index is not None:
+                index = self.bias_index.to(torch.int32).contiguous()
         if self.dropout_p > 0.0:
             assert self.dropout_seed is not None
             dropout = Dropout(
                 self.dropout_seed, round(self.dropout_p * 2**31), 1.0 / (1.0 - self.dropout_p), self.heads
             )
-        return Changes(bias, key_mask, rel_h, rel_w, table, dropout)
+        return Changes(bias, key_mask, rel_h, rel_w, table, index, dropout)
 
 
 def unit_stride(t: Tensor) -> Tensor:

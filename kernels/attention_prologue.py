@@ -244,10 +244,15 @@ def _backward(
         tl.store(d_bias + into, bias_sums, mask=channel < HEAD_DIM)
 
 
+@triton.constexpr_function
+def _left_alone(C):
+    return C.norm == "none" and C.rope == "none"
+
+
 @triton.jit
 def load_q(head, start, prologue, place, ROWS: tl.constexpr, C: tl.constexpr):
     """Rows start .. start + ROWS of q as products take them; beyond the last anything finite."""
-    if prologue is None:
+    if _left_alone(C):
         return load(head, start, place.nq, place, True, ROWS, C)
     else:
         return _prepare(head, prologue.q_weight, prologue.q_bias, prologue, start, place.nq, place, True, ROWS, C)
@@ -255,7 +260,7 @@ def load_q(head, start, prologue, place, ROWS: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def load_k(head, start, prologue, place, MASKED: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr):
-    if prologue is None:
+    if _left_alone(C):
         return load(head, start, place.nk, place, MASKED, ROWS, C)
     else:
         return _prepare(head, prologue.k_weight, prologue.k_bias, prologue, start, place.nk, place, MASKED, ROWS, C)

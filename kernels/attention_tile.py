@@ -202,10 +202,10 @@ def _region(n, place, C: tl.constexpr):
 
 
 @triton.jit
-def _table_entry(m, n, table, nk, C: tl.constexpr):
+def _table_entry(m, n, index, nk, C: tl.constexpr):
     """Which entry of the table a query and a key read: BEiT's and Swin's numbering, or the index given."""
-    if table.index is not None:
-        return tl.load(table.index + (m * nk + n))
+    if index is not None:
+        return tl.load(index + (m * nk + n))
     else:
         TABLE: tl.constexpr = C.table
         GRID_H: tl.constexpr = TABLE[0]
@@ -251,7 +251,7 @@ def adjust(s, m, n, place, scale, changes, MASKED: tl.constexpr, C: tl.constexpr
         s = tl.fma(b, 1.4426950408889634, s)
     if changes.table is not None:
         table = changes.table.ptr + place.head * changes.table.entries
-        s = tl.fma(tl.load(table + _table_entry(row, column, changes.table, place.nk, C)), 1.4426950408889634, s)
+        s = tl.fma(tl.load(table + _table_entry(row, column, changes.table_index, place.nk, C)), 1.4426950408889634, s)
     if changes.key_mask is not None:
         mask = changes.key_mask.ptr + place.sequence * changes.key_mask.batch
         s = tl.where(tl.load(mask + column * changes.key_mask.k) != 0, s, float("-inf"))
