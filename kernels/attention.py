@@ -12,7 +12,9 @@ queries, online softmax (Milakov and Gimelshein 2018; Dao et al. 2022), main loo
 blocks.
 
 Tiles need powers of two and head dims are not: D is split (72 = 64 + 16 with 8 columns masked), which wastes at most
-a quarter in registers and nothing in memory.  Nk likewise: 197 runs as 128 + 64 + 16.
+a quarter in registers and nothing in memory.  Nk likewise: 197 runs as 128 + 64 + 16.  Queries come 64 at a time, the
+rows of a wgmma: 197 take four blocks.  A last block of 16 rows for the five that remain needs the keys in a second
+layout: compiled for sm90 it took registers from 203 to 255, and spilled.
 
 A norm and a rotation of q and k run inside either kernel, as it loads them (attention_prologue.py), or as a pass over
 memory before it.  The pass costs 4 (Nq + Nk) D bytes a head in 16 bits, and two launches.  Inside they cost some 11
@@ -29,6 +31,7 @@ attention_call.py tells how kernels take their arguments, attention_tile.py what
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -183,8 +186,10 @@ def _parts(call: Call) -> int:
 def _prepares_inside(call: Call) -> bool:
     """Are q and k normalised and rotated as they are loaded, each key once by every program of its head?"""
     heads = call.sequences * call.heads
-    programs = heads * _parts(call) or call.programs(call.nq, _tile(call).block_m)
-    few = programs <= max(_READERS * heads, multiprocessors(call.q.device))
+    # Of packed sequences only the mean length is known here.
+    queries = call.nq if call.cu_seqlens is None else call.nq / call.sequences
+    readers = _parts(call) or math.ceil(queries / _tile(call).block_m)
+    few = readers <= _READERS or readers * heads <= multiprocessors(call.q.device)
     return few and call.head_dim <= _WIDEST_PREPARED
 
 

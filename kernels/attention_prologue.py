@@ -3,11 +3,11 @@
 Shapes: x (B, N, H, D) with any strides between rows, y (B, N, H, D); weight and bias (D,); cos and sin (P, D) for the
 last P tokens.
 
-Two ways.  `load_prepared` does it in registers, inside attention's forward, to the rows that it loads.  A rotated pair
-of channels is two tiles of half the head dim each, never put together again: q k^T is the sum of two products of depth
-D / 2.  Halves that lie D / 2 apart are loaded as they are, pairs that lie side by side are split in registers; a halved
-head dim is padded by itself (72 = 2 (32 + 16 with 12 columns masked)).  cos and sin are the same for every head and
-come from L1.
+Two ways.  `load_q` and `load_k` do it in registers, inside attention's forward.  A rotated pair of channels
+is two tiles of half the head dim each, never put together again: q k^T is the sum of two products of depth D / 2.
+Halves that lie D / 2 apart are loaded as they are, pairs that lie side by side are split in registers; half a head dim
+is padded by itself (36 of 72: 32 + 16 with 12 columns masked).  cos and sin are the same for every head and come from
+L1.
 
 `prologue` is a pass over memory before attention, 4 N H D bytes in 16 bits each for q and k, which attention reads
 again.  attention.py says when it is the cheaper one.  The backward of attention takes what the pass writes, made anew

@@ -210,6 +210,15 @@ def test_launches_of_inference(arch: str, batch: int, n: int, head_dim: int, lau
     assert len(launched) == launches
 
 
+@pytest.mark.parametrize(("length", "launches"), [(197, 1), (600, 3)])
+def test_launches_for_packed_sequences(length: int, launches: int) -> None:
+    q, k, v = torch.empty(1, 32 * length, 3, 12, 64, dtype=torch.bfloat16, device="meta").unbind(2)
+    bounds = torch.empty(33, dtype=torch.int32, device="meta")
+    with record("sm90") as launched:
+        attention(q, k, v, cu_seqlens=bounds, qk_norm="layer")
+    assert len(launched) == launches
+
+
 def test_operator_launches_one_kernel(device: torch.device) -> None:
     q, k, v = (t.to(device) for t in qkv(201, 64, torch.float16))
     table = torch.empty(196, 64, device=device)
