@@ -32,10 +32,12 @@ class Tile(NamedTuple):
     num_stages: int
 
     def options(self) -> dict[str, int]:
-        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, **self.launch_options()}
-
-    def launch_options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
 
 
 class Rows(NamedTuple):
