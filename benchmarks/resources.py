@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +31,9 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 import triton
 from fastvit.kernels import choices
-from fastvit.kernels.attention import attention, lse_shape
+from fastvit.kernels.attention import attention
 from fastvit.kernels.attention_backward import attention_backward
+from fastvit.kernels.attention_call import Call
 from fastvit.kernels.attention_prologue import prologue, prologue_backward
 from fastvit.kernels.launch import ARCHS, Launch, record
 from fastvit.kernels.linear_residual import linear_residual, linear_residual_backward
@@ -128,7 +129,7 @@ def _attention_cases() -> Iterator[Case]:
                 if not backward:
                     attention(q, k, v, **arguments)
                     return
-                lse = _meta(*lse_shape(q, options.get("window"), options.get("grid")), dtype=torch.float32)
+                lse = _meta(*Call(q, k, v, **arguments).lse_shape, dtype=torch.float32)
                 out = _meta(*q.shape[:2], heads * head_dim, dtype=dtype)
                 index = _meta(*lse.shape[2:] * 2, dtype=torch.int64) if "bias_table" in options else None
                 attention_backward(
@@ -175,6 +176,34 @@ def _attention_cases() -> Iterator[Case]:
     ):  # fmt: skip
         for backward in (False, True):
             yield case(label, n, 12, 64, backward=backward, **options)
+
+    # q and k normalised and rotated as they are loaded, in both kernels: every style, every padding of a half.
+    def prepared(
+        label: str, n: int, head_dim: int, norm: str = "layer", rope: str = "half",
+        dtype: torch.dtype = torch.bfloat16, **options: Any,
+    ) -> Case:  # fmt: skip
+        weight = None if norm == "none" else _meta(head_dim, dtype=dtype)
+        bias = weight if norm == "layer" else None
+        table = _meta(n - 5, head_dim, dtype=torch.float32)
+        return case(
+            f"{label}, norm {norm}, RoPE {rope}", n, 12, head_dim, dtype, qk_norm=norm, q_norm_weight=weight,
+            q_norm_bias=bias, k_norm_weight=weight, k_norm_bias=bias, rope=None if rope == "none" else (table, table),
+            rope_interleaved=rope == "interleaved", **options,
+        )  # fmt: skip
+
+    for n, head_dim in ((201, 64), (144, 72), (144, 80), (201, 80), (144, 96), (128, 128), (261, 64), (77, 64)):
+        for rope in ("half", "interleaved"):
+            yield prepared("prepared", n, head_dim, "layer", rope)
+    for norm, rope in (("none", "half"), ("none", "interleaved"), ("rms", "half"), ("rms", "interleaved")):
+        yield prepared("prepared", 201, 64, norm, rope)
+    for head_dim in (64, 128):
+        yield prepared("prepared", 201, head_dim, "layer", "none")
+    for head_dim in (64, 72, 104, 128):
+        yield prepared("prepared packed", 4096, head_dim, cu_seqlens=_meta(33, dtype=torch.int32))
+    for tf32 in (False, True):
+        yield prepared("prepared", 101, 64, "layer", "interleaved", torch.float32, tf32=tf32)
+        yield prepared("prepared", 101, 104, "layer", "half", torch.float32, tf32=tf32)
+    yield prepared("prepared with bias", 101, 64, bias=True)
     for head_dim in (64, 80):
         yield Case("attention prologue", f"LayerNorm and RoPE, D={head_dim}", torch.bfloat16, _prologue(head_dim))
 
@@ -399,26 +428,32 @@ def _matmul_precision(name: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+def specialise(launch: Launch) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
     """Signature, constants and attributes as Triton's own launch finds them, for pointers aligned to 16 bytes."""
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    for parameter in launch.kernel.params:
-        value = launch.arguments[parameter.name]
-        at = (parameter.num,)
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[parameter.name] = "constexpr"
+
+    def find(value: Any, at: tuple[int, ...], constant: bool = False) -> Any:
+        """The type of one argument, or the types of a tuple's."""
+        if isinstance(value, tuple) and not constant:
+            types = [find(inner, (*at, i)) for i, inner in enumerate(value)]
+            return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+        if constant or value is None or (isinstance(value, int) and value == 1):
             constants[at] = value
-        elif isinstance(value, Tensor):
-            signature[parameter.name] = "*" + _TYPES[value.dtype]
+            return "constexpr"
+        if isinstance(value, Tensor):
             attributes[at] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            return "*" + _TYPES[value.dtype]
+        if isinstance(value, int):
             if value % 16 == 0:
                 attributes[at] = [["tt.divisibility", 16]]
-        else:
-            signature[parameter.name] = "fp32"
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+        return "fp32"
+
+    for parameter in launch.kernel.params:
+        value = launch.arguments[parameter.name]
+        signature[parameter.name] = find(value, (parameter.num,), parameter.is_constexpr)
     return signature, constants, attributes
 
 
@@ -435,11 +470,12 @@ def measure(case: Case, launch: Launch, arch: str) -> Resources:
     compiled = compile_launch(launch, arch)
     read = _read_amd if arch.startswith("gfx") else _read_nvidia
     registers, spilled, code = read(compiled)
-    config = " ".join(
-        f"{parameter.name}={launch.arguments[parameter.name]}"
-        for parameter in launch.kernel.params
-        if parameter.is_constexpr
-    )
+    constants = {p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr}
+    for name, value in list(constants.items()):
+        if is_dataclass(value):
+            constants = asdict(value) | constants
+            del constants[name]
+    config = " ".join(f"{name}={value}" for name, value in constants.items())
     return Resources(
         operator=case.operator,
         label=case.label,

@@ -15,61 +15,52 @@ kernel, which makes the logits once more.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels.attention import (
-    Problem,
-    _adjust,
-    _drop,
-    _load,
-    _locate,
-    _product,
-    _statistics,
-    _store,
-    _times,
-    _weights,
-    _window,
-    _zero_pieces,
-    _zeros,
-    problem,
-    programs,
-    unit_stride,
+from fastvit.kernels.attention_call import Call, Tile, heads_of, rows, unit_stride
+from fastvit.kernels.attention_tile import (
+    add_product,
+    adjust,
+    drop,
+    head_of,
+    load,
+    locate,
+    locate_head,
+    product,
+    statistics,
+    store,
+    weights,
+    zero_pieces,
+    zeros,
 )
 from fastvit.kernels.launch import arch, launch, multiprocessors
 from torch import Tensor
 
-
-class _Tile(NamedTuple):
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
 # (kind of product, padded head dim up to) -> tile.
 _TILES = {
-    "sm80": {("16", 64): _Tile(32, 32, 4, 2), ("16", 128): _Tile(32, 32, 8, 1)},
-    "sm90": {("16", 64): _Tile(64, 64, 4, 2), ("16", 128): _Tile(64, 64, 8, 1)},
-    "sm100": {("16", 64): _Tile(64, 64, 4, 2), ("16", 128): _Tile(64, 64, 8, 1)},
-    "gfx942": {("16", 64): _Tile(32, 32, 4, 1), ("16", 128): _Tile(32, 32, 8, 1)},
+    "sm80": {("16", 64): Tile(32, 32, 4, 2), ("16", 128): Tile(32, 32, 8, 1)},
+    "sm90": {("16", 64): Tile(64, 64, 4, 2), ("16", 128): Tile(64, 64, 8, 1)},
+    "sm100": {("16", 64): Tile(64, 64, 4, 2), ("16", 128): Tile(64, 64, 8, 1)},
+    "gfx942": {("16", 64): Tile(32, 32, 4, 1), ("16", 128): Tile(32, 32, 8, 1)},
 }
 for _tiles in _TILES.values():
     _tiles |= {
-        ("tf32", 64): _Tile(32, 32, 8, 1),
-        ("ieee", 64): _Tile(16, 32, 8, 1),
-        ("ieee", 128): _Tile(16, 32, 8, 1),
+        ("tf32", 64): Tile(32, 32, 8, 1),
+        ("ieee", 64): Tile(16, 32, 8, 1),
+        ("ieee", 128): Tile(16, 32, 8, 1),
     }
-_TILES["gfx942"] |= {("tf32", 64): _Tile(16, 32, 8, 1), ("ieee", 128): _Tile(16, 16, 8, 1)}
+_TILES["gfx942"] |= {("tf32", 64): Tile(16, 32, 8, 1), ("ieee", 128): Tile(16, 16, 8, 1)}
 
 # Padded head dim up to -> tile of `_whole` in 16 bits, where its two passes fit the registers.
 _WHOLE_TILES = {
-    "sm80": {64: _Tile(32, 32, 4, 1)},
-    "sm90": {64: _Tile(64, 64, 4, 1), 96: _Tile(64, 64, 8, 1)},
-    "sm100": {64: _Tile(64, 64, 8, 1), 96: _Tile(64, 64, 8, 1)},
-    "gfx942": {64: _Tile(32, 32, 4, 1)},
+    "sm80": {64: Tile(32, 32, 4, 1)},
+    "sm90": {64: Tile(64, 64, 4, 1), 96: Tile(64, 64, 8, 1)},
+    "sm100": {64: Tile(64, 64, 8, 1), 96: Tile(64, 64, 8, 1)},
+    "gfx942": {64: Tile(32, 32, 4, 1)},
 }
 
 # Queries at a time in `_keys`, whose two accumulators of a wide head leave few registers.
@@ -97,117 +88,79 @@ def attention_backward(
     grad: Tensor,
     lse: Tensor,
     *,
-    scale: float | None = None,
-    bias: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    rel_pos_h: Tensor | None = None,
-    rel_pos_w: Tensor | None = None,
-    bias_table: Tensor | None = None,
-    bias_index: Tensor | None = None,
-    grid: tuple[int, int] | None = None,
-    window: tuple[int, int] | None = None,
-    shift: tuple[int, int] = (0, 0),
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
     bias_needs_grad: bool = False,
     table_index: Tensor | None = None,
+    **options: Any,
 ) -> Gradients:
     """Launch: the gradients of what `kernels.attention.attention` computed with the same arguments.
 
     bias_needs_grad: make the gradient of `bias` too.
     table_index: int (Nq, Nk), the entry of `bias_table` that each query and key read; None: no gradient of the table.
+    options: as `Call` names them.
     """
-    q, k, v, grad = (unit_stride(t) for t in (q, k, v, grad))
-    p = problem(
-        q, k, v, out, scale=scale, bias=bias, key_mask=key_mask, cu_seqlens=cu_seqlens, rel_pos_h=rel_pos_h,
-        rel_pos_w=rel_pos_w, bias_table=bias_table, bias_index=bias_index, grid=grid, window=window, shift=shift,
-        dropout_p=dropout_p, dropout_seed=dropout_seed,
-    )  # fmt: skip
+    call = Call(unit_stride(q), unit_stride(k), unit_stride(v), **options)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    rel = rel_pos_h is not None and rel_pos_w is not None
-    d_rel_h = torch.empty_like(rel_pos_h, memory_format=torch.contiguous_format) if rel else None
-    d_rel_w = torch.empty_like(rel_pos_w, memory_format=torch.contiguous_format) if rel else None
+    d_rel_h, d_rel_w = (
+        None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in (call.rel_pos_h, call.rel_pos_w)
+    )
     name = arch(q.device)
     # A wider head's operands, all held in registers, would spill in tf32.
-    kind = "ieee" if p.kind == "tf32" and p.width > 64 else p.kind
-    tile = _TILES[name][kind, 64 if p.width <= 64 else 128]
+    kind = "ieee" if call.kind == "tf32" and call.width > 64 else call.kind
+    tile = _TILES[name][kind, 64 if call.width <= 64 else 128]
     whole = None
-    if p.kind == "16" and max(p.nq, p.nk) <= _WHOLE and cu_seqlens is None:
-        whole = next((tile for widest, tile in _WHOLE_TILES[name].items() if p.width <= widest), None)
-    constants = p.constants | {"ALIGN": math.gcd(p.constants["ALIGN"], *grad.stride()[:2])}
-    constants["PRECISION"] = "tf32" if kind == "16" else kind
-    arguments: dict[str, Any] = p.arguments | {
-        "grad": grad,
-        "lse": lse,
-        "delta": None,
-        "grad_batch": grad.stride(0),
-        "grad_row": grad.stride(1),
-        "grad_scale": p.arguments["scale"] * math.log(2),
-    }
-    of_queries = {"dq": dq, "d_rel_h": d_rel_h, "d_rel_w": d_rel_w} | _strides("dq", dq)
-    of_keys = {"dk": dk, "dv": dv} | _strides("dk", dk) | _strides("dv", dv)
+    if call.kind == "16" and max(call.nq, call.nk) <= _WHOLE and call.cu_seqlens is None:
+        whole = next((tile for widest, tile in _WHOLE_TILES[name].items() if call.width <= widest), None)
+    rows_out, rows_grad = (heads_of(unit_stride(t), call.heads) for t in (out, grad))
+    static = replace(call.static(rows_out, rows_grad), precision="tf32" if kind == "16" else kind)
+    arguments = call.arguments() | {"grad": rows_grad, "lse": lse, "delta": None, "C": static}
+    passes = {"out": rows_out, "grad_scale": arguments["sizes"].scale * math.log(2)}
+    of_queries = {"dq": rows(dq), "d_rel_h": d_rel_h, "d_rel_w": d_rel_w}
+    of_keys = {"dk": rows(dk), "dv": rows(dv)}
     if whole is None or bias_needs_grad or table_index is not None:
         arguments["delta"] = torch.empty_like(lse)
     if whole is not None:
-        blocks = -(-max(p.nq, p.nk) // whole.block_n)
-        parts = min(blocks, -(-2 * multiprocessors(q.device) // (p.sequences * p.heads)))
-        count = p.sequences * p.heads * parts
-        launch(_whole, count, q, **arguments, **of_queries, **of_keys, parts=parts, **constants, **_options(whole))
+        blocks = -(-max(call.nq, call.nk) // whole.block_n)
+        parts = min(blocks, -(-2 * multiprocessors(q.device) // (call.sequences * call.heads)))
+        count = call.sequences * call.heads * parts
+        launch(_whole, count, **arguments, **passes, **of_queries, **of_keys, parts=parts, **whole.options())
     else:
-        count = programs(p, tile.block_m, cu_seqlens)
-        launch(_queries, count, q, **arguments, **of_queries, **constants, **_options(tile))
-        count = programs(p._replace(nq=p.nk), tile.block_n, cu_seqlens)
-        keys = tile if p.width <= _WIDE else tile._replace(block_m=min(tile.block_m, _WIDE_BLOCK_M))
-        launch(_keys, count, q, **arguments, **of_keys, **constants, **_options(keys))
-    constants |= _options(tile)
+        count = call.programs(call.nq, tile.block_m)
+        launch(_queries, count, **arguments, **passes, **of_queries, **tile.options())
+        keys = tile if call.width <= _WIDE else tile._replace(block_m=min(tile.block_m, _WIDE_BLOCK_M))
+        launch(_keys, call.programs(call.nk, tile.block_n), **arguments, **passes, **of_keys, **keys.options())
     d_bias = d_table = None
-    if bias is not None and bias_needs_grad:
-        d_bias = _bias_gradient(p, q, bias, arguments, constants)
-    if bias_table is not None and table_index is not None:
+    if call.bias is not None and bias_needs_grad:
+        d_bias = _bias_gradient(call, arguments, tile)
+    if call.bias_table is not None and table_index is not None:
         # The coordinates of the table's entries take registers that eight warps have and four have not.
-        d_logits = _logit_gradient(p, q, 1, p.heads, arguments, constants | {"num_warps": 8})
-        d_table = _table_gradient(d_logits[0], bias_table, table_index)
+        d_logits = _logit_gradient(call, 1, call.heads, arguments, tile._replace(num_warps=8))
+        d_table = _table_gradient(d_logits[0], call.bias_table, table_index)
     return Gradients(dq, dk, dv, d_bias, d_rel_h, d_rel_w, d_table)
 
 
-def _strides(name: str, t: Tensor) -> dict[str, int]:
-    return {f"{name}_{dim}": t.stride(i) for i, dim in enumerate(("batch", "row", "head"))}
-
-
-def _options(tile: _Tile) -> dict[str, int]:
-    return {
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
-
-
-def _bias_gradient(p: Problem, q: Tensor, bias: Tensor, arguments: dict[str, Any], constants: dict[str, Any]) -> Tensor:
-    shape = (1,) * (4 - bias.ndim) + tuple(bias.shape)
-    gradient = _logit_gradient(p, q, shape[0], shape[1], arguments, constants)
+def _bias_gradient(call: Call, arguments: dict[str, Any], tile: Tile) -> Tensor:
+    assert call.bias is not None
+    shape = (1,) * (4 - call.bias.ndim) + tuple(call.bias.shape)
+    gradient = _logit_gradient(call, shape[0], shape[1], arguments, tile)
     broadcast = [dim for dim in (2, 3) if shape[dim] == 1 and gradient.shape[dim] > 1]
     if broadcast:
         gradient = gradient.sum(broadcast, keepdim=True)
-    return gradient.reshape(bias.shape).to(bias.dtype)
+    return gradient.reshape(call.bias.shape).to(call.bias.dtype)
 
 
-def _logit_gradient(
-    p: Problem, q: Tensor, sequences: int, heads: int, arguments: dict[str, Any], constants: dict[str, Any]
-) -> Tensor:
+def _logit_gradient(call: Call, sequences: int, heads: int, arguments: dict[str, Any], tile: Tile) -> Tensor:
     """float32 (sequences, heads, Nq, Nk), either of which may be 1: the gradient is then summed over them."""
-    result = torch.empty(sequences, heads, p.nq, p.nk, dtype=torch.float32, device=q.device)
-    blocks = -(-p.nq // constants["BLOCK_M"]) * -(-p.nk // constants["BLOCK_N"])
+    result = torch.empty(sequences, heads, call.nq, call.nk, dtype=torch.float32, device=call.q.device)
+    blocks = -(-call.nq // tile.block_m) * -(-call.nk // tile.block_n)
     launch(
         _logits_summed,
         sequences * heads * blocks,
-        q,
         **arguments,
         d_bias=result,
         kept_sequences=sequences,
         kept_heads=heads,
-        **constants,
+        **tile.options(),
     )
     return result
 
@@ -236,37 +189,35 @@ def _table_gradient(d_logits: Tensor, table: Tensor, index: Tensor) -> Tensor:
 
 @triton.jit
 def _key_block(
-    q, q_row, k, k_row, v, v_row, out, out_row, grad, grad_row, lse, delta, dk, dk_row, dv, dv_row,
-    start, nq, nk, scale, kept_scale, grad_scale, corner, extras,
-    HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, SCALE_FIRST: tl.constexpr, HOLES: tl.constexpr, WINDOW: tl.constexpr,
-    TABLE: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, out, grad, lse, delta, dk, dv, start, place, sizes, grad_scale, changes,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys.  Tiles of logits are transposed: keys are rows."""
-    ks = _load(k, k_row, start, nk, corner, True, BLOCK_N, HEAD_DIM, SPLIT, WINDOW)
-    vs = _load(v, v_row, start, nk, corner, True, BLOCK_N, HEAD_DIM, SPLIT, WINDOW)
+    nq = place.nq
+    ks = load(k, start, place.nk, place, True, BLOCK_N, C)
+    vs = load(v, start, place.nk, place, True, BLOCK_N, C)
     n = start + tl.arange(0, BLOCK_N)
-    acc_k = _zero_pieces(BLOCK_N, SPLIT)
-    acc_v = _zero_pieces(BLOCK_N, SPLIT)
+    acc_k = zero_pieces(BLOCK_N, C)
+    acc_v = zero_pieces(BLOCK_N, C)
     for row in tl.range(0, nq, BLOCK_M):
         m = row + tl.arange(0, BLOCK_M)
-        qs = _load(q, q_row, row, nq, corner, True, BLOCK_M, HEAD_DIM, SPLIT, WINDOW)
-        gs = _load(grad, grad_row, row, nq, corner, True, BLOCK_M, HEAD_DIM, SPLIT, WINDOW)
+        qs = load(q, row, nq, place, True, BLOCK_M, C)
+        gs = load(grad, row, nq, place, True, BLOCK_M, C)
         # Rows beyond the last weigh exp2(s - inf) = 0.  Keys beyond the last spoil only themselves: no mask.
         sums = tl.load(lse + m, mask=m < nq, other=float("inf"))
-        s = _adjust(
-            _product(ks, qs, PRECISION), m[None, :], n[:, None], nq, nk, scale, extras,
-            SCALE_FIRST or HOLES, SCALE_FIRST, WINDOW, TABLE, KEYS,
+        s = adjust(
+            product(ks, qs, C), m[None, :], n[:, None], place, sizes.scale, changes, C.scale_first or C.holes, C
         )  # fmt: skip
-        p = _weights(s, scale, sums[None, :], SCALE_FIRST)
-        acc_v = _times(_drop(p, m[None, :], n[:, None], kept_scale, extras), gs, acc_v, PRECISION)
+        p = weights(s, sizes.scale, sums[None, :], C)
+        acc_v = add_product(drop(p, m[None, :], n[:, None], place, changes), gs, acc_v, C)
         if delta is None:
-            inner = _row_sums(gs, _load(out, out_row, row, nq, corner, True, BLOCK_M, HEAD_DIM, SPLIT, WINDOW))
+            inner = _row_sums(gs, load(out, row, nq, place, True, BLOCK_M, C))
         else:
             inner = tl.load(delta + m, mask=m < nq, other=0.0)
-        dp = _drop(_product(vs, gs, PRECISION), m[None, :], n[:, None], kept_scale, extras)
-        acc_k = _times(p * (dp - inner[None, :]), qs, acc_k, PRECISION)
-    _store(dk, dk_row, n, nk, acc_k, grad_scale, corner, HEAD_DIM, SPLIT, WINDOW)
-    _store(dv, dv_row, n, nk, acc_v, 1.0, corner, HEAD_DIM, SPLIT, WINDOW)
+        dp = drop(product(vs, gs, C), m[None, :], n[:, None], place, changes)
+        acc_k = add_product(p * (dp - inner[None, :]), qs, acc_k, C)
+    store(dk, n, place.nk, acc_k, grad_scale, place, C)
+    store(dv, n, place.nk, acc_v, 1.0, place, C)
 
 
 @triton.jit
@@ -298,210 +249,113 @@ def _store_relative(ptr, m, nq, acc, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _query_block(
-    q, q_row, k, k_row, v, v_row, out, out_row, grad, grad_row, lse, delta, dq, dq_row, d_rel_h, d_rel_w,
-    start, nq, nk, scale, kept_scale, grad_scale, corner, extras,
-    HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, SCALE_FIRST: tl.constexpr, WINDOW: tl.constexpr,
-    TABLE: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, out, grad, lse, delta, dq, d_rel_h, d_rel_w, start, place, sizes, grad_scale, changes,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries, and delta where there is room for it."""
+    nq = place.nq
     m = start + tl.arange(0, BLOCK_M)
-    qs = _load(q, q_row, start, nq, corner, True, BLOCK_M, HEAD_DIM, SPLIT, WINDOW)
-    gs = _load(grad, grad_row, start, nq, corner, True, BLOCK_M, HEAD_DIM, SPLIT, WINDOW)
-    inner = _row_sums(gs, _load(out, out_row, start, nq, corner, True, BLOCK_M, HEAD_DIM, SPLIT, WINDOW))
+    qs = load(q, start, nq, place, True, BLOCK_M, C)
+    gs = load(grad, start, nq, place, True, BLOCK_M, C)
+    inner = _row_sums(gs, load(out, start, nq, place, True, BLOCK_M, C))
     if delta is not None:
         tl.store(delta + m, inner, mask=m < nq)
     sums = tl.load(lse + m, mask=m < nq, other=float("inf"))
-    acc = _zero_pieces(BLOCK_M, SPLIT)
+    acc = zero_pieces(BLOCK_M, C)
     if d_rel_h is not None:
-        acc_h = _zeros(BLOCK_M, _columns(KEYS[0]))
-        acc_w = _zeros(BLOCK_M, _columns(KEYS[1]))
-    for first in tl.range(0, nk, BLOCK_N):
+        KEYS: tl.constexpr = C.keys
+        PRECISION: tl.constexpr = C.precision
+        acc_h = zeros(BLOCK_M, _columns(KEYS[0]))
+        acc_w = zeros(BLOCK_M, _columns(KEYS[1]))
+    for first in tl.range(0, place.nk, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        ks = _load(k, k_row, first, nk, corner, True, BLOCK_N, HEAD_DIM, SPLIT, WINDOW)
-        vs = _load(v, v_row, first, nk, corner, True, BLOCK_N, HEAD_DIM, SPLIT, WINDOW)
-        s = _adjust(
-            _product(qs, ks, PRECISION), m[:, None], n[None, :], nq, nk, scale, extras,
-            True, SCALE_FIRST, WINDOW, TABLE, KEYS,
-        )  # fmt: skip
-        p = _weights(s, scale, sums[:, None], SCALE_FIRST)
-        dp = _drop(_product(gs, vs, PRECISION), m[:, None], n[None, :], kept_scale, extras)
+        ks = load(k, first, place.nk, place, True, BLOCK_N, C)
+        vs = load(v, first, place.nk, place, True, BLOCK_N, C)
+        s = adjust(product(qs, ks, C), m[:, None], n[None, :], place, sizes.scale, changes, True, C)
+        p = weights(s, sizes.scale, sums[:, None], C)
+        dp = drop(product(gs, vs, C), m[:, None], n[None, :], place, changes)
         ds = (p * (dp - inner[:, None])).to(ks[0].dtype)
-        acc = _times(ds, ks, acc, PRECISION)
+        acc = add_product(ds, ks, acc, C)
         if d_rel_h is not None:
             # Sums over the keys of one row, and of one column, of the grid.
             row = _one_hot(n // KEYS[1], acc_h.shape[1], ds.dtype)
             column = _one_hot(n % KEYS[1], acc_w.shape[1], ds.dtype)
             acc_h = tl.dot(ds, row, acc_h, input_precision=PRECISION)
             acc_w = tl.dot(ds, column, acc_w, input_precision=PRECISION)
-    _store(dq, dq_row, m, nq, acc, grad_scale, corner, HEAD_DIM, SPLIT, WINDOW)
+    store(dq, m, nq, acc, grad_scale, place, C)
     if d_rel_h is not None:
-        _store_relative(d_rel_h, m, nq, acc_h, KEYS[0])
-        _store_relative(d_rel_w, m, nq, acc_w, KEYS[1])
+        head = (place.sequence * sizes.heads + place.head) * nq
+        _store_relative(d_rel_h + head * KEYS[0], m, nq, acc_h, KEYS[0])
+        _store_relative(d_rel_w + head * KEYS[1], m, nq, acc_w, KEYS[1])
 
 
 @triton.jit
 def _whole(
-    q, k, v, out, grad, lse, bias, key_mask, rel_h, rel_w, table, index, seed, cu_seqlens,
-    delta, dq, d_rel_h, d_rel_w, dk, dv,
-    heads, nq, nk, scale, sequences, dropped, kept_scale, entries,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, out_batch, out_row,
-    bias_batch, bias_head, bias_q, bias_k, mask_batch, mask_k,
-    rel_h_batch, rel_h_head, rel_h_q, rel_w_batch, rel_w_head, rel_w_q, grad_batch, grad_row, grad_scale,
-    dq_batch, dq_row, dq_head, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head, parts,
-    HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, SCALE_FIRST: tl.constexpr, HOLES: tl.constexpr,
-    WINDOW: tl.constexpr, TABLE: tl.constexpr, KEYS: tl.constexpr, SEQUENCES: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, out, grad, lse, delta, dq, d_rel_h, d_rel_w, dk, dv, sizes, changes, grad_scale, parts,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All of one head, or one of `parts` that split it."""
     part = tl.program_id(0) % parts
-    sequence = (tl.program_id(0) // parts // heads).to(tl.int64)
-    head = (tl.program_id(0) // parts % heads).to(tl.int64)
-    batch, y, x = _window(sequence, WINDOW)
-    corner = (y, x)
-    if ALIGN < 16:  # else Triton finds it in the arguments
-        q_row = tl.multiple_of(q_row, ALIGN)
-        k_row = tl.multiple_of(k_row, ALIGN)
-        v_row = tl.multiple_of(v_row, ALIGN)
-        out_row = tl.multiple_of(out_row, ALIGN)
-        grad_row = tl.multiple_of(grad_row, ALIGN)
-    q += tl.multiple_of(batch * q_batch + head * q_head, ALIGN)
-    k += tl.multiple_of(batch * k_batch + head * k_head, ALIGN)
-    v += tl.multiple_of(batch * v_batch + head * v_head, ALIGN)
-    out += tl.multiple_of(batch * out_batch + head * HEAD_DIM, ALIGN)
-    grad += tl.multiple_of(batch * grad_batch + head * HEAD_DIM, ALIGN)
-    lse = _statistics(lse, sequence, head, 0, heads, nq, nq, None)
+    place = locate_head(tl.program_id(0) // parts, sizes, C)
+    q = head_of(q, place, C)
+    k = head_of(k, place, C)
+    v = head_of(v, place, C)
+    out = head_of(out, place, C)
+    grad = head_of(grad, place, C)
+    dq = head_of(dq, place, C)
+    dk = head_of(dk, place, C)
+    dv = head_of(dv, place, C)
+    lse = statistics(lse, place, sizes)
     if delta is not None:
-        delta = _statistics(delta, sequence, head, 0, heads, nq, nq, None)
-    dk += batch * dk_batch + head * dk_head
-    dv += batch * dv_batch + head * dv_head
-    dq += batch * dq_batch + head * dq_head
-    if d_rel_h is not None:
-        d_rel_h += (sequence * heads + head) * nq * KEYS[0]
-        d_rel_w += (sequence * heads + head) * nq * KEYS[1]
-    extras = (
-        sequence, head, y, x, seed, dropped, heads,
-        bias, bias_batch, bias_head, bias_q, bias_k, key_mask, mask_batch, mask_k,
-        rel_h, rel_h_batch, rel_h_head, rel_h_q, rel_w, rel_w_batch, rel_w_head, rel_w_q, table, index, entries,
-    )  # fmt: skip
-    for block in tl.range(part, tl.cdiv(nk, BLOCK_N), parts):
+        delta = statistics(delta, place, sizes)
+    for block in tl.range(part, tl.cdiv(sizes.nk, BLOCK_N), parts):
         _key_block(
-            q, q_row, k, k_row, v, v_row, out, out_row, grad, grad_row, lse, None, dk, dk_row, dv, dv_row,
-            block * BLOCK_N, nq, nk, scale, kept_scale, grad_scale, corner, extras,
-            HEAD_DIM, SPLIT, SCALE_FIRST, HOLES, WINDOW, TABLE, KEYS, PRECISION, BLOCK_M, BLOCK_N,
+            q, k, v, out, grad, lse, None, dk, dv, block * BLOCK_N, place, sizes, grad_scale, changes,
+            C, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-    for block in tl.range(part, tl.cdiv(nq, BLOCK_M), parts):
+    for block in tl.range(part, tl.cdiv(sizes.nq, BLOCK_M), parts):
         _query_block(
-            q, q_row, k, k_row, v, v_row, out, out_row, grad, grad_row, lse, delta, dq, dq_row, d_rel_h, d_rel_w,
-            block * BLOCK_M, nq, nk, scale, kept_scale, grad_scale, corner, extras,
-            HEAD_DIM, SPLIT, SCALE_FIRST, WINDOW, TABLE, KEYS, PRECISION, BLOCK_M, BLOCK_N,
+            q, k, v, out, grad, lse, delta, dq, d_rel_h, d_rel_w, block * BLOCK_M, place, sizes, grad_scale, changes,
+            C, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
 @triton.jit
 def _queries(
-    q, k, v, out, grad, lse, bias, key_mask, rel_h, rel_w, table, index, seed, cu_seqlens, delta, dq, d_rel_h, d_rel_w,
-    heads, nq, nk, scale, sequences, dropped, kept_scale, entries,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, out_batch, out_row,
-    bias_batch, bias_head, bias_q, bias_k, mask_batch, mask_k,
-    rel_h_batch, rel_h_head, rel_h_q, rel_w_batch, rel_w_head, rel_w_q, grad_batch, grad_row, grad_scale,
-    dq_batch, dq_row, dq_head,
-    HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, SCALE_FIRST: tl.constexpr, HOLES: tl.constexpr,
-    WINDOW: tl.constexpr, TABLE: tl.constexpr, KEYS: tl.constexpr, SEQUENCES: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, out, grad, lse, delta, dq, d_rel_h, d_rel_w, sizes, changes, grad_scale,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of queries."""
-    all_tokens = nq
-    batch, sequence, head, start, nq, nk, before, y, x = _locate(
-        tl.program_id(0), heads, nq, nk, cu_seqlens, sequences, BLOCK_M, SEQUENCES, WINDOW
-    )
-    corner = (y, x)
-    if ALIGN < 16:  # else Triton finds it in the arguments
-        q_row = tl.multiple_of(q_row, ALIGN)
-        k_row = tl.multiple_of(k_row, ALIGN)
-        v_row = tl.multiple_of(v_row, ALIGN)
-        out_row = tl.multiple_of(out_row, ALIGN)
-        grad_row = tl.multiple_of(grad_row, ALIGN)
-    q += tl.multiple_of(batch * q_batch + before * q_row + head * q_head, ALIGN)
-    k += tl.multiple_of(batch * k_batch + before * k_row + head * k_head, ALIGN)
-    v += tl.multiple_of(batch * v_batch + before * v_row + head * v_head, ALIGN)
-    out += tl.multiple_of(batch * out_batch + before * out_row + head * HEAD_DIM, ALIGN)
-    grad += tl.multiple_of(batch * grad_batch + before * grad_row + head * HEAD_DIM, ALIGN)
-    lse = _statistics(lse, sequence, head, before, heads, nq, all_tokens, cu_seqlens)
-    delta = _statistics(delta, sequence, head, before, heads, nq, all_tokens, cu_seqlens)
-    dq += batch * dq_batch + before * dq_row + head * dq_head
-    if d_rel_h is not None:
-        d_rel_h += (sequence * heads + head) * nq * KEYS[0]
-        d_rel_w += (sequence * heads + head) * nq * KEYS[1]
-    extras = (
-        sequence, head, y, x, seed, dropped, heads,
-        bias, bias_batch, bias_head, bias_q, bias_k, key_mask, mask_batch, mask_k,
-        rel_h, rel_h_batch, rel_h_head, rel_h_q, rel_w, rel_w_batch, rel_w_head, rel_w_q, table, index, entries,
-    )  # fmt: skip
+    start, place = locate(tl.program_id(0), sizes.nq, sizes, BLOCK_M, C)
     _query_block(
-        q, q_row, k, k_row, v, v_row, out, out_row, grad, grad_row, lse, delta, dq, dq_row, d_rel_h, d_rel_w,
-        start, nq, nk, scale, kept_scale, grad_scale, corner, extras,
-        HEAD_DIM, SPLIT, SCALE_FIRST, WINDOW, TABLE, KEYS, PRECISION, BLOCK_M, BLOCK_N,
+        head_of(q, place, C), head_of(k, place, C), head_of(v, place, C), head_of(out, place, C),
+        head_of(grad, place, C), statistics(lse, place, sizes), statistics(delta, place, sizes), head_of(dq, place, C),
+        d_rel_h, d_rel_w, start, place, sizes, grad_scale, changes, C, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
 @triton.jit
 def _keys(
-    q, k, v, out, grad, lse, bias, key_mask, rel_h, rel_w, table, index, seed, cu_seqlens, delta, dk, dv,
-    heads, nq, nk, scale, sequences, dropped, kept_scale, entries,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, out_batch, out_row,
-    bias_batch, bias_head, bias_q, bias_k, mask_batch, mask_k,
-    rel_h_batch, rel_h_head, rel_h_q, rel_w_batch, rel_w_head, rel_w_q, grad_batch, grad_row, grad_scale,
-    dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head,
-    HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, SCALE_FIRST: tl.constexpr, HOLES: tl.constexpr,
-    WINDOW: tl.constexpr, TABLE: tl.constexpr, KEYS: tl.constexpr, SEQUENCES: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, out, grad, lse, delta, dk, dv, sizes, changes, grad_scale,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of keys, after `_queries` has left delta."""
-    all_tokens = nq
-    batch, sequence, head, start, nk, nq, before, y, x = _locate(
-        tl.program_id(0), heads, nk, nq, cu_seqlens, sequences, BLOCK_N, SEQUENCES, WINDOW
-    )
-    corner = (y, x)
-    if ALIGN < 16:  # else Triton finds it in the arguments
-        q_row = tl.multiple_of(q_row, ALIGN)
-        k_row = tl.multiple_of(k_row, ALIGN)
-        v_row = tl.multiple_of(v_row, ALIGN)
-        out_row = tl.multiple_of(out_row, ALIGN)
-        grad_row = tl.multiple_of(grad_row, ALIGN)
-    q += tl.multiple_of(batch * q_batch + before * q_row + head * q_head, ALIGN)
-    k += tl.multiple_of(batch * k_batch + before * k_row + head * k_head, ALIGN)
-    v += tl.multiple_of(batch * v_batch + before * v_row + head * v_head, ALIGN)
-    out += tl.multiple_of(batch * out_batch + before * out_row + head * HEAD_DIM, ALIGN)
-    grad += tl.multiple_of(batch * grad_batch + before * grad_row + head * HEAD_DIM, ALIGN)
-    lse = _statistics(lse, sequence, head, before, heads, nq, all_tokens, cu_seqlens)
-    delta = _statistics(delta, sequence, head, before, heads, nq, all_tokens, cu_seqlens)
-    dk += batch * dk_batch + before * dk_row + head * dk_head
-    dv += batch * dv_batch + before * dv_row + head * dv_head
-    extras = (
-        sequence, head, y, x, seed, dropped, heads,
-        bias, bias_batch, bias_head, bias_q, bias_k, key_mask, mask_batch, mask_k,
-        rel_h, rel_h_batch, rel_h_head, rel_h_q, rel_w, rel_w_batch, rel_w_head, rel_w_q, table, index, entries,
-    )  # fmt: skip
+    start, place = locate(tl.program_id(0), sizes.nk, sizes, BLOCK_N, C)
     _key_block(
-        q, q_row, k, k_row, v, v_row, out, out_row, grad, grad_row, lse, delta, dk, dk_row, dv, dv_row,
-        start, nq, nk, scale, kept_scale, grad_scale, corner, extras,
-        HEAD_DIM, SPLIT, SCALE_FIRST, HOLES, WINDOW, TABLE, KEYS, PRECISION, BLOCK_M, BLOCK_N,
+        head_of(q, place, C), head_of(k, place, C), head_of(v, place, C), head_of(out, place, C),
+        head_of(grad, place, C), statistics(lse, place, sizes), statistics(delta, place, sizes), head_of(dk, place, C),
+        head_of(dv, place, C), start, place, sizes, grad_scale, changes, C, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
 @triton.jit
 def _logits_summed(
-    q, k, v, out, grad, lse, bias, key_mask, rel_h, rel_w, table, index, seed, cu_seqlens, delta, d_bias,
-    heads, nq, nk, scale, sequences, dropped, kept_scale, entries,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, out_batch, out_row,
-    bias_batch, bias_head, bias_q, bias_k, mask_batch, mask_k,
-    rel_h_batch, rel_h_head, rel_h_q, rel_w_batch, rel_w_head, rel_w_q, grad_batch, grad_row, grad_scale,
-    kept_sequences, kept_heads,
-    HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, SCALE_FIRST: tl.constexpr, HOLES: tl.constexpr,
-    WINDOW: tl.constexpr, TABLE: tl.constexpr, KEYS: tl.constexpr, SEQUENCES: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, grad, lse, delta, d_bias, sizes, changes, kept_sequences, kept_heads,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one tile of logits, summed over all heads if `kept_heads` is 1, all sequences likewise."""
+    nq = sizes.nq
+    nk = sizes.nk
     across = tl.cdiv(nk, BLOCK_N)
     blocks = tl.cdiv(nq, BLOCK_M) * across
     kept = tl.program_id(0) // blocks
@@ -509,34 +363,20 @@ def _logits_summed(
     first = tl.program_id(0) % across * BLOCK_N
     m = row + tl.arange(0, BLOCK_M)
     n = first + tl.arange(0, BLOCK_N)
-    summed_heads = heads // kept_heads
-    acc = _zeros(BLOCK_M, BLOCK_N)
-    for i in tl.range(0, sequences // kept_sequences * summed_heads):
-        sequence = (kept // kept_heads + i // summed_heads).to(tl.int64)
-        head = (kept % kept_heads + i % summed_heads).to(tl.int64)
-        batch, y, x = _window(sequence, WINDOW)
-        corner = (y, x)
-        at_q = q + tl.multiple_of(batch * q_batch + head * q_head, ALIGN)
-        at_k = k + tl.multiple_of(batch * k_batch + head * k_head, ALIGN)
-        at_v = v + tl.multiple_of(batch * v_batch + head * v_head, ALIGN)
-        at_grad = grad + tl.multiple_of(batch * grad_batch + head * HEAD_DIM, ALIGN)
-        extras = (
-            sequence, head, y, x, seed, dropped, heads,
-            bias, bias_batch, bias_head, bias_q, bias_k, key_mask, mask_batch, mask_k,
-            rel_h, rel_h_batch, rel_h_head, rel_h_q, rel_w, rel_w_batch, rel_w_head, rel_w_q, table, index, entries,
-        )  # fmt: skip
-        qs = _load(at_q, q_row, row, nq, corner, True, BLOCK_M, HEAD_DIM, SPLIT, WINDOW)
-        ks = _load(at_k, k_row, first, nk, corner, True, BLOCK_N, HEAD_DIM, SPLIT, WINDOW)
-        s = _adjust(
-            _product(qs, ks, PRECISION), m[:, None], n[None, :], nq, nk, scale, extras,
-            True, SCALE_FIRST, WINDOW, TABLE, KEYS,
-        )  # fmt: skip
-        sums = tl.load(_statistics(lse, sequence, head, 0, heads, nq, nq, None) + m, mask=m < nq, other=float("inf"))
-        p = _weights(s, scale, sums[:, None], SCALE_FIRST)
-        vs = _load(at_v, v_row, first, nk, corner, True, BLOCK_N, HEAD_DIM, SPLIT, WINDOW)
-        gs = _load(at_grad, grad_row, row, nq, corner, True, BLOCK_M, HEAD_DIM, SPLIT, WINDOW)
-        dp = _drop(_product(gs, vs, PRECISION), m[:, None], n[None, :], kept_scale, extras)
-        inner = tl.load(_statistics(delta, sequence, head, 0, heads, nq, nq, None) + m, mask=m < nq, other=0.0)
+    summed_heads = sizes.heads // kept_heads
+    acc = zeros(BLOCK_M, BLOCK_N)
+    for i in tl.range(0, sizes.sequences // kept_sequences * summed_heads):
+        sequence = kept // kept_heads + i // summed_heads
+        place = locate_head(sequence * sizes.heads + kept % kept_heads + i % summed_heads, sizes, C)
+        qs = load(head_of(q, place, C), row, nq, place, True, BLOCK_M, C)
+        ks = load(head_of(k, place, C), first, nk, place, True, BLOCK_N, C)
+        s = adjust(product(qs, ks, C), m[:, None], n[None, :], place, sizes.scale, changes, True, C)
+        sums = tl.load(statistics(lse, place, sizes) + m, mask=m < nq, other=float("inf"))
+        p = weights(s, sizes.scale, sums[:, None], C)
+        vs = load(head_of(v, place, C), first, nk, place, True, BLOCK_N, C)
+        gs = load(head_of(grad, place, C), row, nq, place, True, BLOCK_M, C)
+        dp = drop(product(gs, vs, C), m[:, None], n[None, :], place, changes)
+        inner = tl.load(statistics(delta, place, sizes) + m, mask=m < nq, other=0.0)
         acc += p * (dp - inner[:, None])
     at = d_bias + ((kept.to(tl.int64) * nq + m[:, None]) * nk + n[None, :])
     tl.store(at, acc, mask=(m[:, None] < nq) & (n[None, :] < nk))

@@ -3,17 +3,28 @@
 Shapes: x (B, N, H, D) with any strides between rows, y (B, N, H, D); weight and bias (D,); cos and sin (P, D) for the
 last P tokens.
 
-One pass over memory: 4 N H D bytes in 16 bits.  Attention reads a key once for every block of queries; normalised there
-it would be normalised as often.  The backward makes statistics and rotation anew from x, so nothing is kept for it; its
-gradients of weight and bias are partial sums of each program, added up in order.
+Two ways.  `load_q` and `load_k` do it in registers, inside attention's forward.  A rotated pair of channels
+is two tiles of half the head dim each, never put together again: q k^T is the sum of two products of depth D / 2.
+Halves that lie D / 2 apart are loaded as they are, pairs that lie side by side are split in registers; half a head dim
+is padded by itself (36 of 72: 32 + 16 with 12 columns masked).  cos and sin are the same for every head and come from
+L1.
+
+`prologue` is a pass over memory before attention, 4 N H D bytes in 16 bits each for q and k, which attention reads
+again.  attention.py says when it is the cheaper one.  The backward of attention takes what the pass writes, made anew
+(8 N H D bytes more than attention's own) rather than kept (4 N H D written in the forward, and as much memory for every
+layer until the backward).  `prologue_backward` makes statistics and rotation anew from x, too; its gradients of weight
+and bias are partial sums of each program, added up in order.
 """
+
+# ruff: noqa: RUF005 - Triton's tuples only grow by +, and its constant `if` is no expression
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels.attention import unit_stride
+from fastvit.kernels.attention_call import unit_stride
+from fastvit.kernels.attention_tile import first, image_rows, load, load_piece, rows_of
 from fastvit.kernels.launch import launch, multiprocessors
 from torch import Tensor
 
@@ -231,3 +242,151 @@ def _backward(
         tl.store(d_weight + into, weight_sums, mask=channel < HEAD_DIM)
     if d_bias is not None:
         tl.store(d_bias + into, bias_sums, mask=channel < HEAD_DIM)
+
+
+@triton.constexpr_function
+def _left_alone(C):
+    return C.norm == "none" and C.rope == "none"
+
+
+@triton.jit
+def load_q(head, start, prologue, place, ROWS: tl.constexpr, C: tl.constexpr):
+    """Rows start .. start + ROWS of q as products take them; beyond the last anything finite."""
+    if _left_alone(C):
+        return load(head, start, place.nq, place, True, ROWS, C)
+    else:
+        return _prepare(head, prologue.q_weight, prologue.q_bias, prologue, start, place.nq, place, True, ROWS, C)
+
+
+@triton.jit
+def load_k(head, start, prologue, place, MASKED: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr):
+    if _left_alone(C):
+        return load(head, start, place.nk, place, MASKED, ROWS, C)
+    else:
+        return _prepare(head, prologue.k_weight, prologue.k_bias, prologue, start, place.nk, place, MASKED, ROWS, C)
+
+
+@triton.jit
+def _prepare(
+    head, weight, bias, prologue, start, limit, place, MASKED: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr
+):
+    """Rows start .. start + ROWS of q or k, normalised and rotated.
+
+    One tile per piece of the head dim, as `load`; of a rotated one two, of its first and its second half.
+    """
+    xs = _load_wide(head, start, limit, place, MASKED, ROWS, C)
+    if C.norm != "none":
+        xs = _normalise(xs, weight, bias, prologue.eps, C)
+    if C.rope != "none":
+        n = tl.arange(0, ROWS)
+        patch = place.before.to(tl.int32) + image_rows(start + n, place, C) - prologue.prefix
+        xs = _rotate(xs, prologue, patch, n < limit - start, C)
+    pieces = ()
+    for i in tl.static_range(len(xs)):
+        pieces = pieces + (xs[i].to(head.ptr.dtype.element_ty),)
+    return pieces
+
+
+@triton.constexpr_function
+def _width(C, piece):
+    return C.halves[piece // 2] if C.halves else C.split[piece]
+
+
+@triton.constexpr_function
+def _begin(C, piece):
+    """The first column of a piece, counted in its half if q and k are rotated."""
+    return sum(C.halves[: piece // 2]) if C.halves else sum(C.split[:piece])
+
+
+@triton.constexpr_function
+def _columns(C):
+    return C.head_dim // 2 if C.halves else C.head_dim
+
+
+@triton.jit
+def _channels(d, piece: tl.constexpr, C: tl.constexpr):
+    """Which channels the columns d of a piece are."""
+    if C.rope == "interleaved":
+        return 2 * d + piece % 2
+    elif C.rope == "half":
+        return d + piece % 2 * (C.head_dim // 2)
+    else:
+        return d
+
+
+@triton.jit
+def _halves(ptr, at, valid, MASKED: tl.constexpr, i: tl.constexpr, C: tl.constexpr):
+    """The i-th pieces of two halves that are rotated with one another."""
+    WIDTHS: tl.constexpr = C.halves
+    HEAD_DIM: tl.constexpr = C.head_dim
+    HALF: tl.constexpr = C.head_dim // 2
+    FIRST: tl.constexpr = first(WIDTHS, i)
+    WIDTH: tl.constexpr = WIDTHS[i]
+    if C.rope == "half":
+        a = load_piece(ptr, at, valid, MASKED, HALF, FIRST, WIDTH)
+        b = load_piece(ptr + HALF, at, valid, MASKED, HALF, FIRST, WIDTH)
+    else:
+        both = load_piece(ptr, at, valid, MASKED, HEAD_DIM, 2 * FIRST, 2 * WIDTH)
+        a, b = tl.split(tl.reshape(both, [at.shape[0], WIDTH, 2]))
+    return a.to(tl.float32), b.to(tl.float32)
+
+
+@triton.jit
+def _load_wide(head, start, limit, place, MASKED: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr):
+    """In float32; halves take turns."""
+    xs = ()
+    if C.rope == "none":
+        pieces = load(head, start, limit, place, MASKED, ROWS, C)
+        for i in tl.static_range(len(pieces)):
+            xs = xs + (pieces[i].to(tl.float32),)
+    else:
+        valid = tl.arange(0, ROWS) < limit - start
+        ptr, at = rows_of(head, start, place, ROWS, C)
+        for i in tl.static_range(len(C.halves)):
+            xs = xs + _halves(ptr, at, valid, MASKED, i, C)
+    return xs
+
+
+@triton.jit
+def _normalise(xs, weight, bias, eps, C: tl.constexpr):
+    COLUMNS: tl.constexpr = _columns(C)
+    if C.norm == "layer":
+        total = tl.sum(xs[0], 1)
+        for i in tl.static_range(1, len(xs)):
+            total += tl.sum(xs[i], 1)
+        mean = (total / C.head_dim)[:, None]
+        centred = ()
+        for i in tl.static_range(len(xs)):
+            d = _begin(C, i) + tl.arange(0, _width(C, i))
+            # Columns that pad a piece stay 0.
+            centred = centred + (tl.where(d[None, :] < COLUMNS, xs[i] - mean, 0.0),)
+        xs = centred
+    squares = tl.sum(xs[0] * xs[0], 1)
+    for i in tl.static_range(1, len(xs)):
+        squares += tl.sum(xs[i] * xs[i], 1)
+    rstd = tl.rsqrt(squares / C.head_dim + eps)[:, None]
+    ys = ()
+    for i in tl.static_range(len(xs)):
+        d = _begin(C, i) + tl.arange(0, _width(C, i))
+        y = xs[i] * rstd
+        if weight is not None:
+            y *= tl.load(weight + _channels(d, i, C), mask=d < COLUMNS, other=0.0).to(tl.float32)[None, :]
+        if bias is not None:
+            y += tl.load(bias + _channels(d, i, C), mask=d < COLUMNS, other=0.0).to(tl.float32)[None, :]
+        ys = ys + (y,)
+    return ys
+
+
+@triton.jit
+def _rotate(xs, prologue, patch, valid, C: tl.constexpr):
+    rotated = valid & (patch >= 0)
+    at = patch * C.head_dim
+    ys = ()
+    for i in tl.static_range(len(C.halves)):
+        cos_a, cos_b = _halves(prologue.cos, at, rotated, True, i, C)
+        sin_a, sin_b = _halves(prologue.sin, at, rotated, True, i, C)
+        a = xs[2 * i]
+        b = xs[2 * i + 1]
+        turned = rotated[:, None]
+        ys = ys + (tl.where(turned, a * cos_a - b * sin_a, a), tl.where(turned, b * cos_b + a * sin_b, b))
+    return ys

@@ -52,6 +52,7 @@ def launch(
 ) -> None:
     """Run `programs` instances of `kernel` on the device of its first argument.
 
+    That is a tensor, or a tuple that begins with one.
     descriptors: the kernel makes TMA descriptors, for which Triton asks for memory.
     """
     recorder = _recorder.get()
@@ -59,7 +60,8 @@ def launch(
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | constants
         recorder.launches.append(Launch(kernel, arguments, num_warps, num_stages))
         return
-    device = args[0].device
+    first = (*args, *constants.values())[0]
+    device = (first if isinstance(first, Tensor) else first[0]).device
     if descriptors:
         triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
     # Triton launches on the current device, which need not be the tensors'.

@@ -357,9 +357,12 @@ def _kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
             torch.get_num_threads(),
         )
     elif backend == "triton":
-        q, k, v = _operands(a)
-        kept = lse if lse.numel() else None
-        out = _backend.triton_kernel("attention")(q, k, v, **_triton_options(a), lse=kept)
+        q, k, v = (t.to(a.dtype or t.dtype) for t in (a.q, a.k, a.v))
+        out = _backend.triton_kernel("attention")(
+            q, k, v, **_triton_options(a), qk_norm=a.qk_norm, q_norm_weight=a.q_norm_weight, q_norm_bias=a.q_norm_bias,
+            k_norm_weight=a.k_norm_weight, k_norm_bias=a.k_norm_bias, qk_norm_eps=a.qk_norm_eps, rope=a.rope(),
+            rope_interleaved=a.rope_interleaved, lse=lse if lse.numel() else None,
+        )  # fmt: skip
     else:
         out = _reference(*arguments)
     return out, lse
@@ -371,7 +374,7 @@ def kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, d
 
 
 def _operands(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k normalised and rotated, and v, in the dtype that products run in."""
+    """q and k normalised and rotated, and v, in the dtype that products run in, for the backward."""
     q, k, v = (t.to(a.dtype or t.dtype) for t in (a.q, a.k, a.v))
     if a.qk_norm != "none" or a.rope_cos is not None:
         launch = _backend.triton_kernel("attention_prologue", "prologue")

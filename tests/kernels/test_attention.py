@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from fastvit.kernels.attention import attention
+from fastvit.kernels.launch import record
 from torch import Tensor
 
+from fastvit import ops, reference
 from tests import nasty
 from tests.tolerances import assert_close
 
@@ -112,3 +116,112 @@ def test_large_logits(device: torch.device) -> None:
     """exp of the logits themselves would overflow."""
     q, k, v = qkv(197, 64, torch.float16)
     check(device, q * 30, k * 3, v)
+
+
+def prepared(n: int, head_dim: int, norm: str = "layer", *, prefix: int = 5, interleaved: bool = False) -> dict:
+    """float64 options: random weights of a norm of q and k, and a rotation of all tokens but `prefix`."""
+    options: dict[str, Any] = {"qk_norm": norm, "qk_norm_eps": 1e-5, "rope_interleaved": interleaved}
+    for i, name in enumerate(("q_norm", "k_norm")):
+        if norm != "none":
+            options[f"{name}_weight"] = nasty.vector(head_dim, seed=i, mean=1.0)
+        if norm == "layer":
+            options[f"{name}_bias"] = nasty.vector(head_dim, seed=2 + i)
+    angles = (torch.randn(n - prefix, head_dim, generator=nasty.generator(i), dtype=torch.float64) for i in (6, 7))
+    cos, sin = angles
+    return options | {"rope": (cos.cos(), sin.sin())}
+
+
+def check_prepared(device: torch.device, operands: tuple[Tensor, Tensor, Tensor], **options: Any) -> None:
+    def all_to(dtype: torch.dtype, to: torch.device | str) -> dict:
+        def change(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(change, value))
+            if not isinstance(value, Tensor):
+                return value
+            return value.to(to, dtype if value.is_floating_point() else value.dtype)
+
+        return {name: change(value) for name, value in options.items()}
+
+    dtype = operands[0].dtype
+    options = all_to(dtype, "cpu")
+    truth = reference.attention(*(t.double() for t in operands), **all_to(torch.float64, "cpu"))
+    eager = reference.attention(*operands, **all_to(dtype, "cpu"))
+    assert_close(attention(*(t.to(device) for t in operands), **all_to(dtype, device)).cpu(), truth, eager=eager)
+
+
+@pytest.mark.parametrize("head_dim", [20, 64, 72, 80, 96, 104, 128])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_prepared_head_dims(device: torch.device, head_dim: int, interleaved: bool) -> None:
+    check_prepared(device, qkv(21, head_dim, torch.float16), **prepared(21, head_dim, interleaved=interleaved))
+
+
+@pytest.mark.parametrize("norm", ["none", "rms", "layer"])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("n", "dtype"), [(140, torch.bfloat16), (50, torch.float32)], ids=str)
+def test_prepared(device: torch.device, n: int, dtype: torch.dtype, interleaved: bool, norm: str) -> None:
+    """Several chunks of keys and blocks of queries in one kernel, a loop and a tail in the other."""
+    check_prepared(device, qkv(n, 40, dtype), **prepared(n, 40, norm, interleaved=interleaved))
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 21])
+def test_prepared_prefix_of_separate_tensors(device: torch.device, prefix: int) -> None:
+    q, k, v = (t.contiguous() for t in qkv(21, 32, torch.float32))
+    check_prepared(device, (q, k.transpose(1, 2).contiguous().transpose(1, 2), v), **prepared(21, 32, prefix=prefix))
+
+
+def test_normed_cross_attention(device: torch.device) -> None:
+    q, _, _ = qkv(3, 72, torch.float16)
+    _, k, v = qkv(50, 72, torch.float16, seed=3)
+    check_prepared(device, (q, k, v), **prepared(50, 72) | {"rope": None})
+    check_prepared(device, (q, k, v), qk_norm="layer", qk_norm_eps=1e-2)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_prepared_packed_sequences(device: torch.device, interleaved: bool) -> None:
+    bounds = torch.tensor([0, 33, 33, 34, 80]).int()
+    q, k, v = (t[:1] for t in qkv(80, 72, torch.float16))
+    check_prepared(device, (q, k, v), cu_seqlens=bounds, **prepared(80, 72, interleaved=interleaved))
+
+
+def test_prepared_windows_and_masks(device: torch.device) -> None:
+    """Rotated by the place in the image, not in the window."""
+    options = prepared(24, 32, prefix=0)
+    check_prepared(device, qkv(24, 32, torch.float32), grid=(8, 3), window=(4, 3), shift=(2, 1), **options)
+    mask = torch.ones(BATCH, 24, dtype=torch.bool)
+    mask[1, 20:] = False
+    check_prepared(device, qkv(24, 32, torch.float16), key_mask=mask, **options)
+
+
+def test_prepared_by_a_pass_over_memory(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastvit.kernels.attention._prepares_inside", lambda call: False)
+    check_prepared(device, qkv(21, 72, torch.float16), **prepared(21, 72))
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "sm100", "gfx942"])
+@pytest.mark.parametrize(
+    ("batch", "n", "head_dim", "launches"), [(64, 201, 64, 1), (64, 201, 128, 1), (1, 577, 64, 1), (64, 577, 64, 3)]
+)
+def test_launches_of_inference(arch: str, batch: int, n: int, head_dim: int, launches: int) -> None:
+    """One, unless queries are so many that every key would be prepared again and again."""
+    q, k, v = torch.empty(batch, n, 3, 12, head_dim, dtype=torch.bfloat16, device="meta").unbind(2)
+    table = torch.empty(n - 5, head_dim, device="meta")
+    with record(arch) as launched:
+        attention(q, k, v, qk_norm="rms", rope=(table, table))
+    assert len(launched) == launches
+
+
+@pytest.mark.parametrize(("length", "launches"), [(197, 1), (600, 3)])
+def test_launches_for_packed_sequences(length: int, launches: int) -> None:
+    q, k, v = torch.empty(1, 32 * length, 3, 12, 64, dtype=torch.bfloat16, device="meta").unbind(2)
+    bounds = torch.empty(33, dtype=torch.int32, device="meta")
+    with record("sm90") as launched:
+        attention(q, k, v, cu_seqlens=bounds, qk_norm="layer")
+    assert len(launched) == launches
+
+
+def test_operator_launches_one_kernel(device: torch.device) -> None:
+    q, k, v = (t.to(device) for t in qkv(201, 64, torch.float16))
+    table = torch.empty(196, 64, device=device)
+    with ops.use_backend("triton"), record("sm90") as launched:
+        ops.attention(q, k, v, qk_norm="layer", rope=(table, table))
+    assert len(launched) == 1
