@@ -32,8 +32,9 @@ CLASSIFIERS = {
 
 
 def matches(block: nn.Module) -> bool:
-    attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
-    return hasattr(attn, "qkv") and hasattr(attn, "proj") and hasattr(mlp, "fc2") and hasattr(block, "norm2")
+    # Children of its own: wrappers (activation checkpointing, FSDP1) show those of the block inside as attributes.
+    attn, mlp = child(block, "attn"), child(block, "mlp")
+    return hasattr(attn, "qkv") and hasattr(attn, "proj") and hasattr(mlp, "fc2") and "norm2" in block._modules
 
 
 def check(block: Any) -> None:

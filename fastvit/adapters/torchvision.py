@@ -24,7 +24,7 @@ CLASSIFIERS = {("torchvision.models.vision_transformer", "VisionTransformer")}
 
 
 def matches(block: nn.Module) -> bool:
-    return isinstance(getattr(block, "self_attention", None), nn.MultiheadAttention) and hasattr(block, "ln_2")
+    return isinstance(child(block, "self_attention"), nn.MultiheadAttention) and "ln_2" in block._modules
 
 
 def check(block: Any) -> None:

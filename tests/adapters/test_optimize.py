@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import fastvit
+from fastvit.adapters import registry, swap
 from fastvit.adapters.compare import tensors
 from tests import nasty
 from tests.adapters import zoo
@@ -477,6 +478,23 @@ def test_inside_wrappers(vit):
     fastvit.optimize(wrapped, strict=True)
     assert relative_l2(run(wrapped, x)["output"], expected) < 1e-5
     assert len(fastvit.report(model).replaced) == 3
+
+
+@pytest.mark.parametrize("name", ["timm vit", "torchvision vit", "hf vit classifier"])
+def test_blocks_inside_wrappers_that_show_their_attributes(name):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = zoo.make(name)
+    x = zoo.image(model)
+    expected = run(model, x)
+    for block in [m for m in model.modules() if registry.judge_block(m)]:
+        path = next(path for path, m in model.named_modules() if m is block)
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, checkpoint_wrapper(block))
+    fastvit.optimize(model, strict=True)
+    assert sum(isinstance(m, swap.FusedBlock) for m in model.modules()) == 2
+    for key, out in run(model, x).items():
+        assert relative_l2(out, expected[key]) < 1e-5
 
 
 def test_one_block_used_twice(vit):
