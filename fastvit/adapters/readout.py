@@ -68,16 +68,17 @@ def _readout(model: Any, arguments: dict[str, Any]) -> Readout | None:
     if (readout := _read(model)) is None:
         return None
     model, *others = readout.route
-    listened = listener_obstacle([*others, readout.blocks[-1], *(norm for norm in readout.norms if norm is not None)])
-    if listened is not None or not has_own_forward(model) or not all(map(_is_as_published, readout.route)):
+    norms = [norm for norm in readout.norms if norm is not None]
+    listened = listener_obstacle([*others, readout.blocks[-1], *norms])
+    if listened is not None or not has_own_forward(model) or not all(map(_is_as_published, (*readout.route, *norms))):
         return None
     return readout
 
 
-def read_in_part(model: nn.Module) -> dict[FusedBlock, int]:
+def read_in_part(model: nn.Module) -> dict[Any, int]:
     """The blocks that optimized classifiers in `model` read no further than their first tokens, and how many."""
     found = [_read(m) for m in model.modules() if isinstance(m, FusedReadout)]
-    return {r.blocks[-1]: r.tokens for r in found if r is not None}  # type: ignore[misc]
+    return {r.blocks[-1]: r.tokens for r in found if r is not None}
 
 
 _LIBRARIES = ("timm", "transformers", "torchvision", "fastvit", "torch")
