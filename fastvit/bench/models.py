@@ -54,7 +54,7 @@ def needed_flops(model: nn.Module, image: Tensor) -> int:
     twin = optimize(copy.deepcopy(model))
     for block, read in read_in_part(twin).items():
         seen: list[Tensor] = []
-        with block.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0])):  # type: ignore[attr-defined]
+        with block.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0])):
             twin(image)
         parts = block.fastvit_read()
         batch, tokens, _ = seen[0].shape
