@@ -26,13 +26,10 @@ import triton
 import triton.language as tl
 from fastvit.kernels import choices
 from fastvit.kernels.launch import arch, compute_dtype, launch, multiprocessors, precision, rows
-from fastvit.kernels.norm_linear import tile_for
-from fastvit.kernels.product import tile_index, tile_product, weight_gradient
+from fastvit.kernels.product import GROUP_M, tile_for, tile_index, tile_product, weight_gradient
 from torch import Tensor
 
 SCHEDULES = ("product", "cublas")
-
-_GROUP_M = 8
 
 # What a program of `_scale_rows` or `_finish` holds at a time, on every architecture: it is bound by memory.
 _ROWS_BLOCK_M, _ROWS_BLOCK_N = 16, 256
@@ -86,7 +83,7 @@ def linear_residual(
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        GROUP_M=_GROUP_M,
+        GROUP_M=GROUP_M,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

@@ -21,16 +21,11 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from fastvit.kernels.activations import activation_backward, activation_gradients
 from fastvit.kernels.launch import arch, compute_dtype, launch, precision, rows
 from fastvit.kernels.linear_residual import linear_residual, scale_backward, scale_rows
-from fastvit.kernels.norm_linear import (
-    Tile,
-    activation_backward,
-    activation_gradients,
-    norm_linear,
-    projection_backward,
-)
-from fastvit.kernels.product import tile_index, tile_product_transposed, weight_gradient
+from fastvit.kernels.norm_linear import norm_linear, projection_backward
+from fastvit.kernels.product import GROUP_M, Tile, tile_index, tile_product_transposed, weight_gradient
 from torch import Tensor
 
 # The hidden gradient's product in 16 bits, whose epilogue holds four tiles.  In float32 it is a product of cuBLAS's and
@@ -41,7 +36,6 @@ _TILES = {
     "sm100": Tile(128, 64, 64, 8, 4),
     "gfx942": Tile(128, 64, 32, 8, 2),
 }
-_GROUP_M = 8
 
 
 def mlp(
@@ -179,7 +173,7 @@ def hidden_gradient(
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        GROUP_M=_GROUP_M,
+        GROUP_M=GROUP_M,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

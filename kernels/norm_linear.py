@@ -29,65 +29,35 @@ activation is made again (2 M N K more) where it was not kept, one pass multipli
 sums the bias's, and the norm's backward is one pass more.
 """
 
-# ruff: noqa: SIM108 - a constant `if` of Triton's is no expression
-
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from fastvit.kernels import choices
-from fastvit.kernels.activations import activate, activate_with_derivative
+from fastvit.kernels.activations import activate, activation_backward, activation_forward
 from fastvit.kernels.launch import arch, compute_dtype, launch, multiprocessors, precision, rows
 from fastvit.kernels.norm import norm_backward, normalize, row_block, row_moments, statistics
-from fastvit.kernels.product import tile_index, tile_product, weight_gradient
+from fastvit.kernels.product import (
+    GROUP_M,
+    PERSISTENT,
+    PERSISTENT_ROWS,
+    Tile,
+    persists,
+    tile_for,
+    tile_index,
+    tile_product,
+    weight_gradient,
+)
 from torch import Tensor
 
+SCHEDULES = ("normalising", "folded", "persistent", "cublas")
 
-class Tile(NamedTuple):
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-# (dtype of the product, rows of x up to) -> tile.  swiglu halves block_n: it has two accumulators.
-_TILES = {
-    "sm80": {
-        ("16", 2048): Tile(64, 64, 64, 4, 3),
-        ("16", None): Tile(128, 128, 32, 8, 3),
-        ("tf32", None): Tile(64, 64, 32, 4, 3),
-        ("ieee", None): Tile(64, 64, 16, 8, 2),
-    },
-    "sm90": {
-        ("16", 2048): Tile(64, 64, 64, 4, 4),
-        ("16", 16384): Tile(64, 128, 64, 4, 4),
-        ("16", None): Tile(128, 128, 64, 8, 3),
-        ("tf32", None): Tile(128, 128, 32, 8, 3),
-        ("ieee", None): Tile(64, 64, 16, 8, 2),
-    },
-    "sm100": {
-        ("16", 2048): Tile(64, 64, 64, 4, 4),
-        ("16", None): Tile(128, 128, 64, 8, 3),
-        ("tf32", None): Tile(128, 128, 32, 8, 3),
-        ("ieee", None): Tile(64, 64, 16, 4, 2),
-    },
-    "gfx942": {
-        ("16", 2048): Tile(64, 64, 32, 4, 2),
-        ("16", None): Tile(128, 128, 32, 8, 2),
-        ("tf32", None): Tile(64, 64, 32, 4, 2),
-        ("ieee", None): Tile(64, 64, 16, 4, 2),
-    },
-}
-
-
-# Products with the norm folded into the weight, and the same by persistent programs: tiles, and the rows above which
-# each runs where choices.json knows nothing better.
+# Products with the norm folded into the weight: tiles, and the rows above which they run where choices.json knows
+# nothing better.
 _FOLDED = {
     "sm80": Tile(128, 128, 32, 8, 3),
     "sm90": Tile(128, 128, 64, 8, 3),
@@ -95,22 +65,6 @@ _FOLDED = {
     "gfx942": Tile(128, 128, 32, 8, 2),
 }
 _FOLDED_ROWS = 2048
-_PERSISTENT = {"sm90": Tile(128, 256, 64, 4, 3)}
-_PERSISTENT_ROWS = 16384
-
-SCHEDULES = ("normalising", "folded", "persistent", "cublas")
-
-_GROUP_M = 8
-
-# What a program of the activation's backward holds at a time, on every architecture: it is bound by memory.
-_POINTWISE = {"block_m": 16, "block_n": 256, "num_warps": 8}
-_POINTWISE_PROGRAMS_PER_MULTIPROCESSOR = 8
-
-
-def tile_for(device: torch.device, dtype: torch.dtype, m: int) -> Tile:
-    """The tile of a product of `m` rows in `dtype`; linear_residual has the same main loop and the same table."""
-    kind = precision(dtype) if dtype == torch.float32 else "16"
-    return next(tile for (of, most), tile in _TILES[arch(device)].items() if of == kind and (most is None or m <= most))
 
 
 def norm_linear(
@@ -177,7 +131,7 @@ def norm_linear(
         BLOCK_M=tile.block_m,
         BLOCK_N=block_n,
         BLOCK_K=tile.block_k,
-        GROUP_M=_GROUP_M,
+        GROUP_M=GROUP_M,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -188,16 +142,15 @@ def _schedule(x: Tensor, weight: Tensor, norm: str, activation: str, keeps_pre: 
     """One of SCHEDULES that can run this product: the one known to be the fastest, or else by the number of rows."""
     (m, k), n, on = x.shape, weight.shape[0], arch(x.device)
     folds = norm != "none" and x.dtype == weight.dtype == torch.bfloat16
-    # The descriptors of TMA take addresses and strides that are multiples of 16 bytes.
     features = n // 2 if activation == "swiglu" else n
-    aligned = k % 8 == 0 and features % 8 == 0 and x.stride(0) % 8 == 0 and (x.is_meta or x.data_ptr() % 16 == 0)
-    persists = folds and aligned and on in _PERSISTENT and not keeps_pre
-    able = {"normalising": True, "folded": folds, "persistent": persists}
+    # The folded weight and the result are contiguous.
+    persistent = folds and not keeps_pre and k % 8 == 0 and features % 8 == 0 and persists(x)
+    able = {"normalising": True, "folded": folds, "persistent": persistent}
     able["cublas"] = activation != "none" or not keeps_pre
     chosen = choices.choose(on, choices.key("norm_linear", weight.dtype, f"{norm} {activation}", n, k), m)
     if chosen is not None and able.get(chosen, False):
         return chosen
-    if persists and m > _PERSISTENT_ROWS:
+    if persistent and m > PERSISTENT_ROWS:
         return "persistent"
     return "folded" if folds and m > _FOLDED_ROWS else "normalising"
 
@@ -226,23 +179,7 @@ def _by_cublas(
         torch.addmm(bias.to(dtype), normed, weight.t(), out=result)
     if activation == "none":
         return out
-    m, n = x.shape[0], out.shape[-1]
-    block_m, block_n, num_warps = _POINTWISE["block_m"], _POINTWISE["block_n"], _POINTWISE["num_warps"]
-    columns = triton.cdiv(n, block_n)
-    launch(
-        _activate,
-        columns * triton.cdiv(m, block_m),
-        result,
-        out,
-        m,
-        n,
-        columns,
-        ACTIVATION=activation,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        num_warps=num_warps,
-        num_stages=1,
-    )
+    activation_forward(result, out, activation)
     return out
 
 
@@ -302,7 +239,7 @@ def _launch_persistent(
     activation: str,
 ) -> None:
     m, k = x.shape
-    tile = _PERSISTENT[arch(x.device)]
+    tile = PERSISTENT[arch(x.device)]
     features = out.shape[-1]
     block_n = tile.block_n // 2 if activation == "swiglu" else tile.block_n
     tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(features, block_n)
@@ -326,7 +263,7 @@ def _launch_persistent(
         BLOCK_M=tile.block_m,
         BLOCK_N=block_n,
         BLOCK_K=tile.block_k,
-        GROUP_M=_GROUP_M,
+        GROUP_M=GROUP_M,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         descriptors=True,
@@ -414,48 +351,6 @@ def projection_backward(
             if add is not None:
                 x_grad = x_grad + rows(add)
     return None if x_grad is None else x_grad.view(shape), weight_grad, norm_weight_grad, norm_bias_grad
-
-
-def activation_backward(
-    grad: Tensor, pre: Tensor, activation: str, *, want_hidden: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The gradient of `pre` given that of activation(pre); activation(pre) too, if wanted; the sum of the rows.
-
-    Args:
-        grad: (M, N) with unit stride in the last dimension, any float dtype.
-        pre: (M, N), or (M, 2 N) = [gate; value] for swiglu, contiguous.
-
-    Returns:
-        The first two in the dtype of `pre`, the sum (N,) or (2 N,) in float32.
-    """
-    m, n = grad.shape
-    block_m, block_n, num_warps = _POINTWISE["block_m"], _POINTWISE["block_n"], _POINTWISE["num_warps"]
-    columns = triton.cdiv(n, block_n)
-    most = max(1, _POINTWISE_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(grad.device) // columns)
-    strips = min(most, triton.cdiv(m, 4 * block_m))
-    out = torch.empty_like(pre)
-    hidden = torch.empty(m, n, dtype=pre.dtype, device=pre.device) if want_hidden else None
-    shares = torch.empty(strips, pre.shape[1], dtype=torch.float32, device=pre.device)
-    launch(
-        _activation_backward,
-        columns * strips,
-        grad,
-        grad.stride(0),
-        pre,
-        out,
-        hidden,
-        shares,
-        m,
-        n,
-        columns,
-        strips,
-        ACTIVATION=activation,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        num_warps=num_warps,
-        num_stages=2,
-    )
-    return out, hidden, shares.sum(0)
 
 
 @triton.jit
@@ -577,74 +472,3 @@ def _product(
         acc = activate(acc, ACTIVATION, out.dtype.element_ty == tl.float32)
     at = out + tl.cast(row, tl.int64) * N + (i * N + n[None, :])
     tl.store(at, acc.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _activate(
-    pre, out, M, N, columns, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    GATED: tl.constexpr = ACTIVATION == "swiglu"
-    EXACT: tl.constexpr = out.dtype.element_ty == tl.float32
-    WIDE: tl.constexpr = 2 if GATED else 1
-    row = tl.program_id(0) // columns * BLOCK_M
-    i = tl.arange(0, BLOCK_M)[:, None]
-    n = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    mask = (row + i < M) & (n < N)
-    first = tl.cast(row, tl.int64)
-    at = pre + first * (N * WIDE) + (i * (N * WIDE) + n)
-    y = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    if GATED:
-        y = activate(y, "silu", EXACT) * tl.load(at + N, mask=mask, other=0.0).to(tl.float32)
-    else:
-        y = activate(y, ACTIVATION, EXACT)
-    tl.store(out + first * N + (i * N + n), y.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def activation_gradients(grad, gate, value, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    """(activation, gradient of gate, gradient of value); `value` counts for swiglu alone."""
-    if ACTIVATION == "swiglu":
-        silu, slope = activate_with_derivative(gate, "silu", EXACT)
-        return silu * value, grad * value * slope, grad * silu
-    else:
-        y, slope = activate_with_derivative(gate, ACTIVATION, EXACT)
-        return y, grad * slope, grad
-
-
-@triton.jit
-def _activation_backward(
-    grad, grad_row, pre, out, hidden, shares, M, N, columns, strips,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """A program walks down a strip of rows.  shares (strips, N or 2 N): the strips' sums of `out`."""
-    GATED: tl.constexpr = ACTIVATION == "swiglu"
-    EXACT: tl.constexpr = pre.dtype.element_ty == tl.float32
-    WIDE: tl.constexpr = 2 if GATED else 1
-    strip = tl.program_id(0) // columns
-    i = tl.arange(0, BLOCK_M)[:, None]
-    n = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    total_value = tl.zeros([BLOCK_N], tl.float32)
-    for row in tl.range(strip * BLOCK_M, M, strips * BLOCK_M):
-        mask = (row + i < M) & (n[None, :] < N)
-        first = tl.cast(row, tl.int64)
-        g = tl.load(grad + first * grad_row + (i * grad_row + n[None, :]), mask=mask, other=0.0).to(tl.float32)
-        at = first * (N * WIDE) + (i * (N * WIDE) + n[None, :])
-        gate = tl.load(pre + at, mask=mask, other=0.0).to(tl.float32)
-        if GATED:
-            value = tl.load(pre + at + N, mask=mask, other=0.0).to(tl.float32)
-        else:
-            value = gate
-        y, gate_grad, value_grad = activation_gradients(g, gate, value, ACTIVATION, EXACT)
-        tl.store(out + at, gate_grad.to(out.dtype.element_ty), mask=mask)
-        total += tl.sum(gate_grad, 0)
-        if GATED:
-            tl.store(out + at + N, value_grad.to(out.dtype.element_ty), mask=mask)
-            total_value += tl.sum(value_grad, 0)
-        if hidden is not None:
-            at = hidden + first * N + (i * N + n[None, :])
-            tl.store(at, y.to(hidden.dtype.element_ty), mask=mask)
-    at = shares + strip * (N * WIDE) + n
-    tl.store(at, total, mask=n < N)
-    if GATED:
-        tl.store(at + N, total_value, mask=n < N)

@@ -19,53 +19,42 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from fastvit.kernels.launch import arch, compute_dtype, launch, precision
-from fastvit.kernels.product import tile_index, weight_gradient
+from fastvit.kernels.product import GROUP_M, Tile, tile_index, weight_gradient
 from torch import Tensor
-
-
-class _Tile(NamedTuple):
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
 
 # (dtype of the product, patches up to) -> tile.
 _TILES = {
     "sm80": {
-        ("16", 4096): _Tile(64, 64, 32, 4, 3),
-        ("16", None): _Tile(128, 128, 32, 8, 3),
-        ("tf32", None): _Tile(64, 64, 32, 4, 2),
-        ("ieee", None): _Tile(64, 32, 16, 4, 2),
+        ("16", 4096): Tile(64, 64, 32, 4, 3),
+        ("16", None): Tile(128, 128, 32, 8, 3),
+        ("tf32", None): Tile(64, 64, 32, 4, 2),
+        ("ieee", None): Tile(64, 32, 16, 4, 2),
     },
     "sm90": {
-        ("16", 4096): _Tile(64, 64, 64, 4, 3),
-        ("16", None): _Tile(128, 128, 32, 8, 4),
-        ("tf32", None): _Tile(64, 64, 32, 4, 3),
-        ("ieee", None): _Tile(64, 32, 16, 4, 2),
+        ("16", 4096): Tile(64, 64, 64, 4, 3),
+        ("16", None): Tile(128, 128, 32, 8, 4),
+        ("tf32", None): Tile(64, 64, 32, 4, 3),
+        ("ieee", None): Tile(64, 32, 16, 4, 2),
     },
     "sm100": {
-        ("16", 4096): _Tile(64, 64, 64, 4, 3),
-        ("16", None): _Tile(128, 128, 32, 8, 4),
-        ("tf32", None): _Tile(64, 64, 32, 4, 3),
-        ("ieee", None): _Tile(64, 32, 16, 4, 2),
+        ("16", 4096): Tile(64, 64, 64, 4, 3),
+        ("16", None): Tile(128, 128, 32, 8, 4),
+        ("tf32", None): Tile(64, 64, 32, 4, 3),
+        ("ieee", None): Tile(64, 32, 16, 4, 2),
     },
     "gfx942": {
-        ("16", 4096): _Tile(64, 64, 32, 4, 2),
-        ("16", None): _Tile(128, 128, 32, 8, 2),
-        ("tf32", None): _Tile(64, 64, 32, 4, 2),
-        ("ieee", None): _Tile(64, 64, 16, 4, 2),
+        ("16", 4096): Tile(64, 64, 32, 4, 2),
+        ("16", None): Tile(128, 128, 32, 8, 2),
+        ("tf32", None): Tile(64, 64, 32, 4, 2),
+        ("ieee", None): Tile(64, 64, 16, 4, 2),
     },
 }
 
-_GROUP_M = 8
 _PREFIX_BLOCK = 1024
 _UNFOLD_BLOCK = 1024
 
@@ -127,7 +116,7 @@ def patch_embed(
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        GROUP_M=_GROUP_M,
+        GROUP_M=GROUP_M,
         PREFIX_BLOCK=_PREFIX_BLOCK,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

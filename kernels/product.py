@@ -4,10 +4,77 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
+from fastvit.kernels.launch import arch, precision
 from torch import Tensor
+
+
+class Tile(NamedTuple):
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# (dtype of the product, rows of x up to) -> tile.  swiglu halves block_n: it has two accumulators.
+_TILES = {
+    "sm80": {
+        ("16", 2048): Tile(64, 64, 64, 4, 3),
+        ("16", None): Tile(128, 128, 32, 8, 3),
+        ("tf32", None): Tile(64, 64, 32, 4, 3),
+        ("ieee", None): Tile(64, 64, 16, 8, 2),
+    },
+    "sm90": {
+        ("16", 2048): Tile(64, 64, 64, 4, 4),
+        ("16", 16384): Tile(64, 128, 64, 4, 4),
+        ("16", None): Tile(128, 128, 64, 8, 3),
+        ("tf32", None): Tile(128, 128, 32, 8, 3),
+        ("ieee", None): Tile(64, 64, 16, 8, 2),
+    },
+    "sm100": {
+        ("16", 2048): Tile(64, 64, 64, 4, 4),
+        ("16", None): Tile(128, 128, 64, 8, 3),
+        ("tf32", None): Tile(128, 128, 32, 8, 3),
+        ("ieee", None): Tile(64, 64, 16, 4, 2),
+    },
+    "gfx942": {
+        ("16", 2048): Tile(64, 64, 32, 4, 2),
+        ("16", None): Tile(128, 128, 32, 8, 2),
+        ("tf32", None): Tile(64, 64, 32, 4, 2),
+        ("ieee", None): Tile(64, 64, 16, 4, 2),
+    },
+}
+
+# Rows of tiles that run before the next ones: they share columns of weight in L2.
+GROUP_M = 8
+
+
+# Persistent products, warp-specialised and fed by TMA: the tile, and the rows above which it runs where choices.json
+# knows nothing better.  Those make three rounds of tiles on an H100 at N = 768, so that the last round is nearly full.
+# Loading warps leave the others registers enough only where these are four, which then are split in two groups.
+PERSISTENT = {"sm90": Tile(128, 256, 64, 4, 3)}
+PERSISTENT_ROWS = 16384
+
+
+def persists(*operands: Tensor) -> bool:
+    """Can a persistent product read and write `operands`, rows of unit stride, here?
+
+    The descriptors of TMA take addresses and strides that are multiples of 16 bytes.
+    """
+    return arch(operands[0].device) in PERSISTENT and all(
+        t.stride(0) * t.element_size() % 16 == 0 and (t.is_meta or t.data_ptr() % 16 == 0) for t in operands
+    )
+
+
+def tile_for(device: torch.device, dtype: torch.dtype, m: int) -> Tile:
+    """The tile of a product of `m` rows in `dtype`."""
+    kind = precision(dtype) if dtype == torch.float32 else "16"
+    return next(tile for (of, most), tile in _TILES[arch(device)].items() if of == kind and (most is None or m <= most))
 
 
 def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
