@@ -36,9 +36,11 @@ from fastvit.kernels.attention_backward import attention_backward
 from fastvit.kernels.attention_call import Call
 from fastvit.kernels.attention_prologue import prologue, prologue_backward
 from fastvit.kernels.launch import ARCHS, Launch, record
+from fastvit.kernels.linear_residual import SCHEDULES as RESIDUAL_SCHEDULES
 from fastvit.kernels.linear_residual import linear_residual, linear_residual_backward
 from fastvit.kernels.mlp import mlp, mlp_backward
-from fastvit.kernels.norm_linear import SCHEDULES, norm_linear, norm_linear_backward
+from fastvit.kernels.norm_linear import SCHEDULES as NORM_SCHEDULES
+from fastvit.kernels.norm_linear import norm_linear, norm_linear_backward
 from fastvit.kernels.patch_embed import patch_embed, unfold
 from fastvit.kernels.pool import pool
 from triton.backends.compiler import GPUTarget
@@ -228,8 +230,7 @@ def _norm_linear_cases() -> Iterator[Case]:
         def call() -> None:
             x = _meta(batch, 197, k, dtype=x_dtype or dtype)
             vector = None if norm == "none" else _meta(k, dtype=torch.float32)
-            forced = contextlib.nullcontext() if schedule is None else choices.force(schedule)
-            with _matmul_precision("high" if tf32 else "highest"), forced:
+            with _matmul_precision("high" if tf32 else "highest"), _schedule(schedule):
                 norm_linear(
                     x,
                     _meta(features, k, dtype=dtype),
@@ -244,7 +245,7 @@ def _norm_linear_cases() -> Iterator[Case]:
         return Case("norm_linear", f"{label}, M={batch * 197}{how}", dtype, call, archs)
 
     # What choices.json may ask for beside the kernel's own rule.
-    for schedule in SCHEDULES:
+    for schedule in NORM_SCHEDULES:
         yield case("FC1 GELU", 256, 768, 3072, activation="gelu", schedule=schedule)
     yield case("SwiGLU", 256, 1408, 6144, norm="rms", activation="swiglu", schedule="normalising")
     for batch in (1, 32, 256):
@@ -264,26 +265,33 @@ def _norm_linear_cases() -> Iterator[Case]:
 def _linear_residual_cases() -> Iterator[Case]:
     def case(
         label: str, batch: int, k: int, n: int, dtype: torch.dtype, residual: torch.dtype, tf32: bool = False,
-        schedule: str = "product",
+        schedule: str | None = None, scaled: bool = True, archs: tuple[str, ...] = ARCHS,
     ) -> Case:  # fmt: skip
         def call() -> None:
-            with _matmul_precision("high" if tf32 else "highest"), choices.force(schedule):
+            with _matmul_precision("high" if tf32 else "highest"), _schedule(schedule):
                 linear_residual(
                     _meta(batch, 197, k, dtype=dtype),
                     _meta(n, k, dtype=dtype),
                     _meta(n, dtype=dtype),
                     residual=_meta(batch, 197, n, dtype=residual),
-                    layer_scale=_meta(n, dtype=torch.float32),
-                    drop_path=_meta(batch, dtype=torch.float32),
+                    layer_scale=_meta(n, dtype=torch.float32) if scaled else None,
+                    drop_path=_meta(batch, dtype=torch.float32) if scaled else None,
                 )
 
-        return Case("linear_residual", f"{label}, M={batch * 197}", dtype, call)
+        how = "" if schedule is None else f", {schedule}"
+        return Case("linear_residual", f"{label}, M={batch * 197}{how}", dtype, call, archs)
 
-    bf16, f32 = torch.bfloat16, torch.float32
-    for batch in (2, 32, 256):
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    for schedule in RESIDUAL_SCHEDULES:
+        yield case("FC2", 256, 3072, 768, bf16, bf16, schedule=schedule)
+        yield case("FC2, residual fp32", 256, 3072, 768, bf16, f32, schedule=schedule)
+    for batch in (2, 32):
         yield case("FC2", batch, 3072, 768, bf16, bf16)
-    yield case("FC2, residual fp32", 256, 3072, 768, bf16, f32)
-    yield case("FC2, cublas", 256, 3072, 768, bf16, bf16, schedule="cublas")
+    # The persistent product's registers leave no room: every epilogue.
+    for dtype, residual in ((bf16, bf16), (bf16, f32), (f16, f16), (f16, f32)):
+        for scaled in (False, True):
+            label = f"FC2{'' if scaled else ' unscaled'}, residual {_TYPES[residual]}"
+            yield case(label, 256, 3072, 768, dtype, residual, scaled=scaled, archs=("sm90",))
     for tf32 in (False, True):
         yield case("FC2", 256, 3072, 768, f32, f32, tf32)
 
@@ -416,6 +424,10 @@ def _pool_cases() -> Iterator[Case]:
         yield case(mode, "layer", 768, torch.bfloat16)
     for dim in (192, 1408):
         yield case("norm_avg", "layer", dim, torch.float32)
+
+
+def _schedule(name: str | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if name is None else choices.force(name)
 
 
 @contextlib.contextmanager

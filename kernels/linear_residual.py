@@ -5,7 +5,13 @@ Shapes: x (M, K), weight (N, K), residual and out (M, N), drop_path (B,) with M 
 Cost in 16 bits: 2 M N K flops, 2 (M K + N K + 2 M N) bytes.  ViT-B/16, batch 256 (M = 50,432, N = 768): the attention
 projection (K = 768) 59 GFLOP and 234 MB, 254 flops a byte, at the ridge of an H100 (270); FC2 (K = 3,072) 238 GFLOP
 and 469 MB, bound by the tensor cores.  Reading the residual in the epilogue saves eager's two passes over (M, N), for
-LayerScale and for the sum.  Where choices.json says so, cuBLAS makes the product and a pass adds the rest.
+LayerScale and for the sum.
+
+One of three schedules runs, by choices.json or the product's size.  A program for each tile, whose prologue and
+epilogue the tensor cores wait for: on Hopper its registers leave no room for a second one.  There, persistent programs
+of tiles twice as wide, warp-specialised and fed by TMA: they read L2 a quarter less and load the next tile's first
+operands while they end one, which still waits twice for the residual, some 2 us beside the 8 or 33 that the products of
+K = 768 or 3,072 take.  Or cuBLAS, and a pass that adds the rest.  None is measured: `benchmarks.tune` decides.
 
 The backward needs the inputs alone, not the branch, and passes over no (M, N) tensor but the gradient g, once.  With
 h = drop_path * g and Q = h.T @ x, the two products being pure:
@@ -26,10 +32,19 @@ import triton
 import triton.language as tl
 from fastvit.kernels import choices
 from fastvit.kernels.launch import arch, compute_dtype, launch, multiprocessors, precision, rows
-from fastvit.kernels.product import GROUP_M, tile_for, tile_index, tile_product, weight_gradient
+from fastvit.kernels.product import (
+    GROUP_M,
+    PERSISTENT,
+    PERSISTENT_ROWS,
+    persists,
+    tile_for,
+    tile_index,
+    tile_product,
+    weight_gradient,
+)
 from torch import Tensor
 
-SCHEDULES = ("product", "cublas")
+SCHEDULES = ("product", "persistent", "cublas")
 
 # What a program of `_scale_rows` or `_finish` holds at a time, on every architecture: it is bound by memory.
 _ROWS_BLOCK_M, _ROWS_BLOCK_N = 16, 256
@@ -54,10 +69,10 @@ def linear_residual(
     bias, layer_scale, drop_path = (None if t is None else t.contiguous() for t in (bias, layer_scale, drop_path))
     m, k = x.shape
     n = weight.shape[0]
-    chosen = choices.choose(arch(x.device), choices.key("linear_residual", dtype, "residual", n, k), m)
-    # cuBLAS rounds the branch, which would be all that a wider residual stream sees of it.
-    if chosen == "cublas" and residual.dtype == dtype:
-        _by_cublas(x, weight, bias, layer_scale, drop_path, m // batch, residual, out)
+    schedule = _schedule(x, weight, residual)
+    if schedule != "product":
+        run = _by_cublas if schedule == "cublas" else _launch_persistent
+        run(x, weight, bias, layer_scale, drop_path, m // batch, residual, out)
         return out
     tile = tile_for(x.device, dtype, m)
     launch(
@@ -88,6 +103,70 @@ def linear_residual(
         num_stages=tile.num_stages,
     )
     return out
+
+
+def _schedule(x: Tensor, weight: Tensor, residual: Tensor) -> str:
+    """One of SCHEDULES that can run this product: the one known to be the fastest, or else by its size."""
+    (m, k), n, on = x.shape, weight.shape[0], arch(x.device)
+    # The result is contiguous.
+    aligned = persists(x, weight, residual) and n * residual.element_size() % 16 == 0
+    able = {
+        "product": True,
+        "persistent": aligned and x.dtype == weight.dtype != torch.float32,
+        # cuBLAS rounds the branch, which would be all that a wider residual stream sees of it.
+        "cublas": residual.dtype == weight.dtype,
+    }
+    chosen = choices.choose(on, choices.key("linear_residual", weight.dtype, "residual", n, k), m)
+    if chosen is not None and able.get(chosen, False):
+        return chosen
+    if able["persistent"] and m > PERSISTENT_ROWS:
+        block_n = PERSISTENT[on].block_n
+        # A ninth of the columns may be padding, which the narrower tiles of "product" have less of.
+        if 8 * block_n * triton.cdiv(n, block_n) <= 9 * n:
+            return "persistent"
+    return "product"
+
+
+def _launch_persistent(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_path: Tensor | None,
+    sample_rows: int,
+    residual: Tensor,
+    out: Tensor,
+) -> None:
+    (m, k), n = x.shape, weight.shape[0]
+    tile = PERSISTENT[arch(x.device)]
+    tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+    programs = min(tiles, multiprocessors(x.device))
+    launch(
+        _persistent,
+        programs,
+        x,
+        x.stride(0),
+        weight,
+        weight.stride(0),
+        bias,
+        layer_scale,
+        drop_path,
+        sample_rows,
+        residual,
+        residual.stride(0),
+        out,
+        m,
+        n,
+        k,
+        programs,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GROUP_M=GROUP_M,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        descriptors=True,
+    )
 
 
 def _by_cublas(
@@ -247,6 +326,54 @@ def _product(
 
 
 @triton.jit
+def _persistent(
+    x, x_row, weight, weight_row, bias, layer_scale, drop_path, sample_rows, residual, residual_row, out, M, N, K,
+    programs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """Each program makes every `programs`-th tile: one group of warps loads, while the others multiply and store.
+
+    A tile is two accumulators that end one after the other: all its columns of residual and result at once spill, or,
+    in float32, exceed shared memory.
+    """
+    HALF: tl.constexpr = BLOCK_N // 2
+    x_tiles = tl.make_tensor_descriptor(x, [M, K], [x_row, 1], [BLOCK_M, BLOCK_K])
+    weight_tiles = tl.make_tensor_descriptor(weight, [N, K], [weight_row, 1], [HALF, BLOCK_K])
+    residual_tiles = tl.make_tensor_descriptor(residual, [M, N], [residual_row, 1], [BLOCK_M, HALF])
+    out_tiles = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BLOCK_M, HALF])
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=False, warp_specialize=True):
+        row, column = tile_index(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        row *= BLOCK_M
+        column *= BLOCK_N
+        left = tl.zeros([BLOCK_M, HALF], tl.float32)
+        right = tl.zeros([BLOCK_M, HALF], tl.float32)
+        for k in tl.range(0, K, BLOCK_K):
+            a = x_tiles.load([row, k])
+            left = tl.dot(a, weight_tiles.load([column, k]).T, left)
+            right = tl.dot(a, weight_tiles.load([column + HALF, k]).T, right)
+        m = row + tl.arange(0, BLOCK_M)
+        n = column + tl.arange(0, HALF)
+        left = _scaled(left, bias, layer_scale, drop_path, sample_rows, m, n, M, N)
+        left += residual_tiles.load([row, column]).to(tl.float32)
+        out_tiles.store([row, column], left.to(out.dtype.element_ty))
+        right = _scaled(right, bias, layer_scale, drop_path, sample_rows, m, n + HALF, M, N)
+        right += residual_tiles.load([row, column + HALF]).to(tl.float32)
+        out_tiles.store([row, column + HALF], right.to(out.dtype.element_ty))
+
+
+@triton.jit
+def _scaled(acc, bias, layer_scale, drop_path, sample_rows, m, n, M, N):
+    """drop_path * layer_scale * (acc + bias) of rows `m` and columns `n`."""
+    if bias is not None:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if layer_scale is not None:
+        acc *= tl.load(layer_scale + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if drop_path is not None:
+        acc *= tl.load(drop_path + m // sample_rows, mask=m < M, other=0.0).to(tl.float32)[:, None]
+    return acc
+
+
+@triton.jit
 def finish(
     acc, bias, layer_scale, drop_path, sample_rows, residual, residual_row, out, row, column, M, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -256,12 +383,7 @@ def finish(
     m = row + tl.arange(0, BLOCK_M)
     n = column + tl.arange(0, BLOCK_N)
     mask = (m[:, None] < M) & (n[None, :] < N)
-    if bias is not None:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if layer_scale is not None:
-        acc *= tl.load(layer_scale + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if drop_path is not None:
-        acc *= tl.load(drop_path + m // sample_rows, mask=m < M, other=0.0).to(tl.float32)[:, None]
+    acc = _scaled(acc, bias, layer_scale, drop_path, sample_rows, m, n, M, N)
     at = residual + tl.cast(row, tl.int64) * residual_row + (i * residual_row + n[None, :])
     acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
     at = out + tl.cast(row, tl.int64) * N + (i * N + n[None, :])

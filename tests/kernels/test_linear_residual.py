@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from fastvit.kernels import choices
+from fastvit.kernels import linear_residual as kernel
+from fastvit.kernels.launch import record
 from fastvit.kernels.linear_residual import linear_residual, linear_residual_backward
 from torch import Tensor
 
 from tests import nasty
 from tests.kernels.gradients import assert_gradients, seed
 from tests.tolerances import assert_close
+
+NAMES = ("x", "weight", "bias", "layer_scale")
+VECTORS = ("bias", "layer_scale", "drop_path")
 
 
 def plain(
@@ -106,7 +113,71 @@ def test_by_cublas(device: torch.device, without: tuple[str, ...], dtype: torch.
         check(device, (2, 20, 33), 300, torch.bfloat16, residual_dtype=torch.float32)  # not by cuBLAS
 
 
-NAMES = ("x", "weight", "bias", "layer_scale")
+@pytest.fixture
+def persistent() -> Iterator[None]:
+    """Every product in the test that can runs by persistent programs, however few its rows."""
+    with choices.force("persistent"):
+        yield
+
+
+@pytest.mark.usefixtures("persistent")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("without", [(), ("bias",), ("layer_scale",), ("drop_path",), VECTORS])
+def test_absent_vectors_by_persistent_programs(
+    device: torch.device, without: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    check(device, (3, 50, 96), 72, dtype, without=without)
+
+
+@pytest.mark.usefixtures("persistent")
+@pytest.mark.parametrize("features", [8, 128, 136, 264, 392])
+def test_columns_of_persistent_tiles(device: torch.device, features: int) -> None:
+    """Right halves of tiles that are missing, whole and cut, and rows of two tiles."""
+    check(device, (2, 70, 64), features, torch.float16)
+
+
+@pytest.mark.usefixtures("persistent")
+def test_variants_by_persistent_programs(device: torch.device) -> None:
+    low = torch.bfloat16
+    for dtype in (low, torch.float16):
+        check(device, (2, 70, 96), 136, dtype, residual_dtype=torch.float32)
+    check(device, (2, 20, 80), 32, low, layout="sliced")
+    check(device, (2, 20, 80), 32, low, layout="transposed")
+    check(device, (2, 20, 98), 33, low)  # no multiple of 16 bytes: by a program for each tile
+    check(device, (2, 20, 96), 72, torch.float32)
+
+
+@pytest.mark.usefixtures("persistent")
+def test_more_tiles_than_persistent_programs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "multiprocessors", lambda device: 2)
+    check(device, (3, 100, 64), 264, torch.float16)
+
+
+def test_which_schedule_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By size where nothing was measured, by what was measured where that can run."""
+
+    def chosen(
+        m: int, n: int, k: int, dtype: torch.dtype, *, stride: int | None = None, wide: bool = False, on: str = "sm90"
+    ) -> str:
+        x = torch.empty_strided((m, k), (stride or k, 1), dtype=dtype, device="meta")
+        residual = torch.empty(m, n, dtype=torch.float32 if wide else dtype, device="meta")
+        with record(on):
+            return kernel._schedule(x, torch.empty(n, k, dtype=dtype, device="meta"), residual)
+
+    low = torch.bfloat16
+    monkeypatch.setattr(choices, "table", dict)
+    assert [chosen(m, 768, 768, low) for m in (197, 16384, 16385, 50432)] == [*["product"] * 2, *["persistent"] * 2]
+    assert chosen(50432, 768, 3072, torch.float16) == chosen(50432, 768, 768, low, wide=True) == "persistent"
+    assert chosen(50432, 1152, 4304, low) == "persistent"
+    assert chosen(50432, 384, 1536, low) == "product"  # of 512 columns
+    assert chosen(50432, 768, 770, low) == chosen(50432, 768, 768, low, stride=770) == "product"
+    assert chosen(50432, 768, 768, torch.float32) == "product"
+    assert {chosen(50432, 768, 768, low, on=on) for on in ("sm80", "sm100", "gfx942")} == {"product"}
+
+    name = choices.key("linear_residual", low, "residual", 384, 768)
+    monkeypatch.setattr(choices, "table", lambda: {"sm90": {name: {"16": "cublas", "8": "persistent"}}})
+    assert [chosen(m, 384, 768, low) for m in (197, 6304, 50432)] == ["persistent", "product", "cublas"]
+    assert chosen(197, 384, 768, low, stride=770) == chosen(50432, 384, 768, low, wide=True) == "product"
 
 
 def check_backward(
