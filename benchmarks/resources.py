@@ -106,6 +106,7 @@ def cases() -> Iterator[Case]:
     yield from _attention_cases()
     yield from _norm_linear_cases()
     yield from _linear_residual_cases()
+    yield from _mlp_cases()
     yield from _backward_cases()
     yield from _patch_embed_cases()
     yield from _pool_cases()
@@ -296,6 +297,41 @@ def _linear_residual_cases() -> Iterator[Case]:
         yield case("FC2", 256, 3072, 768, f32, f32, tf32)
 
 
+def _mlp_cases() -> Iterator[Case]:
+    def case(
+        d: int, hidden: int, dtype: torch.dtype = torch.bfloat16, *, activation: str = "gelu", norm: str = "layer",
+        x_dtype: torch.dtype | None = None,
+    ) -> Case:  # fmt: skip
+        def call() -> None:
+            vector, bias = _meta(d, dtype=torch.float32), _meta(d, dtype=dtype)
+            with choices.force("fused"):
+                mlp(
+                    _meta(256, 197, d, dtype=x_dtype or dtype),
+                    _meta(hidden, d, dtype=dtype),
+                    _meta(hidden, dtype=dtype),
+                    _meta(d, hidden, dtype=dtype),
+                    bias,
+                    norm=norm,
+                    norm_weight=vector,
+                    norm_bias=vector if norm == "layer" else None,
+                    eps=1e-6,
+                    activation=activation,
+                    layer_scale=vector,
+                    drop_path=_meta(256, dtype=torch.float32),
+                )
+
+        return Case("mlp", f"fused, {norm} {activation}, D={d}, H={hidden}, x {_TYPES[x_dtype or dtype]}", dtype, call)
+
+    # The registers leave no room: every activation, the widest rows.
+    for activation in ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu"):
+        yield case(192, 768, activation=activation)
+    yield case(192, 768, torch.float16)
+    yield case(192, 768, x_dtype=torch.float32)
+    for d in (64, 256):
+        yield case(d, 4 * d)
+    yield case(192, 776, norm="rms")
+
+
 def _backward_cases() -> Iterator[Case]:
     def linear(k: int, dtype: torch.dtype, residual: torch.dtype) -> Case:
         def call() -> None:
@@ -340,8 +376,8 @@ def _backward_cases() -> Iterator[Case]:
                 "norm": "layer", "norm_weight": vector, "norm_bias": vector, "eps": 1e-6, "activation": activation,
                 "layer_scale": vector, "drop_path": factors,
             }  # fmt: skip
-            bias = _meta(d, dtype=dtype)
-            _, pre = mlp(x, fc1, _meta(wide, dtype=dtype), fc2, bias, **options)
+            bias, pre = _meta(d, dtype=dtype), _meta(64 * 197, wide, dtype=dtype)
+            mlp(x, fc1, _meta(wide, dtype=dtype), fc2, bias, **options, pre=pre)
             mlp_backward(_meta(64, 197, d, dtype=dtype), pre, x, fc1, fc2, bias, **options, needs=(True,) * 8)
 
         return Case("mlp", f"training, {activation}, D={d}", dtype, call)

@@ -33,7 +33,7 @@ _AGREEMENT = 0.02
 
 
 class Product(NamedTuple):
-    """norm_linear or linear_residual of `m` rows."""
+    """norm_linear or linear_residual of `m` rows, (m, k) to (m, n), or mlp, (m, k) to hidden (m, n) to (m, k)."""
 
     operator: str
     epilogue: str
@@ -43,10 +43,13 @@ class Product(NamedTuple):
 
 
 def products(dry: bool) -> Iterator[Product]:
-    """The four products of a block at the usual widths, at the usual numbers of rows."""
+    """The four products of a block at the usual widths, at the usual numbers of rows; of narrow ones also the MLP."""
+    from fastvit.kernels import mlp
+
     if dry:
         yield Product("norm_linear", "layer gelu", 40, 48, 32)
         yield Product("linear_residual", "residual", 40, 32, 48)
+        yield Product("mlp", "layer gelu", 40, 48, 32)
         return
     for images in (256, 32, 1, 8):
         m = 197 * images
@@ -56,32 +59,37 @@ def products(dry: bool) -> Iterator[Product]:
             (384, 1536, "gelu"),
             (1152, 4304, "gelu_tanh"),
             (1280, 5120, "gelu"),
+            (192, 768, "gelu"),
         ):
             yield Product("norm_linear", f"layer {activation}", m, hidden, dim)
             yield Product("linear_residual", "residual", m, dim, hidden)
             yield Product("norm_linear", "layer none", m, 3 * dim, dim)
             yield Product("linear_residual", "residual", m, dim, dim)
+            if dim <= mlp.FUSED_WIDTH:
+                yield Product("mlp", f"layer {activation}", m, hidden, dim)
 
 
 def candidates(product: Product, device: str) -> dict[str, Callable[[], Tensor]]:
     """The product by each of its schedules, those that give the same result."""
-    from fastvit.kernels import choices, linear_residual, norm_linear
+    from fastvit.kernels import choices, linear_residual, mlp, norm_linear
 
     make = partial(tensor, dtype=torch.bfloat16, device=device)
     x, weight = make(product.m, product.k, seed=0), make(product.n, product.k, seed=1, scale=product.k**-0.5)
     bias, gamma, beta = make(product.n, seed=2), make(product.k, seed=3, mean=1.0), make(product.k, seed=4)
     residual = make(product.m, product.n, seed=5)
+    fc2_weight, fc2_bias = make(product.k, product.n, seed=6, scale=product.n**-0.5), make(product.k, seed=7)
 
     def run(schedule: str) -> Tensor:
         with choices.force(schedule):
             if product.operator == "linear_residual":
                 return linear_residual.linear_residual(x, weight, bias, residual=residual)
             norm, activation = product.epilogue.split()
-            return norm_linear.norm_linear(
-                x, weight, bias, norm=norm, norm_weight=gamma, norm_bias=beta, activation=activation
-            )
+            normed = {"norm": norm, "norm_weight": gamma, "norm_bias": beta, "eps": 1e-6, "activation": activation}
+            if product.operator == "norm_linear":
+                return norm_linear.norm_linear(x, weight, bias, **normed)
+            return mlp.mlp(x, weight, bias, fc2_weight, fc2_bias, **normed, layer_scale=None, drop_path=None)
 
-    schedules = norm_linear.SCHEDULES if product.operator == "norm_linear" else linear_residual.SCHEDULES
+    schedules = {"norm_linear": norm_linear, "linear_residual": linear_residual, "mlp": mlp}[product.operator].SCHEDULES
     expected = run(schedules[0]).float()
     calls: dict[str, Callable[[], Tensor]] = {}
     for schedule in schedules:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -47,13 +47,18 @@ def table() -> dict[str, dict[str, dict[str, str]]]:
     return json.loads(PATH.read_text())
 
 
-def choose(arch: str, name: str, m: int) -> str | None:
-    """The schedule that was the fastest for product `name` (see `key`) of about `m` rows; None where none is known."""
+def choose(arch: str, name: str, m: int, able: Mapping[str, bool]) -> str | None:
+    """The schedule that was the fastest for product `name` (see `key`) of about `m` rows.
+
+    None where none is known, or the one that is can't run it: `able` says of each schedule whether it can.
+    """
     forced = _forced.get()
-    if forced is not None:
+    if forced is not None and able.get(forced, False):
         return forced
     measured = table().get(arch, {}).get(name)
     if not measured:
         return None
     nearest = min(measured, key=lambda bits: (abs(int(bits) - bucket(m)), int(bits)))
-    return measured[nearest] if abs(int(nearest) - bucket(m)) <= _REACH else None
+    if abs(int(nearest) - bucket(m)) > _REACH or not able.get(measured[nearest], False):
+        return None
+    return measured[nearest]

@@ -116,8 +116,8 @@ def _schedule(x: Tensor, weight: Tensor, residual: Tensor) -> str:
         # cuBLAS rounds the branch, which would be all that a wider residual stream sees of it.
         "cublas": residual.dtype == weight.dtype,
     }
-    chosen = choices.choose(on, choices.key("linear_residual", weight.dtype, "residual", n, k), m)
-    if chosen is not None and able.get(chosen, False):
+    chosen = choices.choose(on, choices.key("linear_residual", weight.dtype, "residual", n, k), m, able)
+    if chosen is not None:
         return chosen
     if able["persistent"] and m > PERSISTENT_ROWS:
         block_n = PERSISTENT[on].block_n

@@ -147,8 +147,8 @@ def _schedule(x: Tensor, weight: Tensor, norm: str, activation: str, keeps_pre: 
     persistent = folds and not keeps_pre and k % 8 == 0 and features % 8 == 0 and persists(x)
     able = {"normalising": True, "folded": folds, "persistent": persistent}
     able["cublas"] = activation != "none" or not keeps_pre
-    chosen = choices.choose(on, choices.key("norm_linear", weight.dtype, f"{norm} {activation}", n, k), m)
-    if chosen is not None and able.get(chosen, False):
+    chosen = choices.choose(on, choices.key("norm_linear", weight.dtype, f"{norm} {activation}", n, k), m, able)
+    if chosen is not None:
         return chosen
     if persistent and m > PERSISTENT_ROWS:
         return "persistent"

@@ -33,7 +33,8 @@ def mlp(
 ) -> Tensor:
     """x + drop_path * layer_scale * fc2(activation(fc1(norm(x)))).
 
-    The same as `norm_linear` and then `linear_residual`; the C++ kernel keeps the hidden activations in cache.
+    The same as `norm_linear` and then `linear_residual`; the hidden activations stay in cache in the C++ kernel, and in
+    registers in the one that narrow models may get on GPUs.
 
     Args:
         x: (..., D), float; also the residual.
@@ -153,7 +154,10 @@ def _kernel(*arguments: Any) -> Tensor:
         return out
     a = _Arguments(*arguments)
     compute = a.dtype or a.x.dtype
-    if _backend.choose(a.x, compute, *(t for t in arguments[1:] if isinstance(t, Tensor))) != "cpp":
+    backend = _backend.choose(a.x, compute, *(t for t in arguments[1:] if isinstance(t, Tensor)))
+    if backend == "triton" and a.quantize_fc1 is None and a.quantize_fc2 is None:
+        return _backend.triton_kernel("mlp")(**_lowered(a), fc1_bias=_to(a.fc1_bias, a.dtype))
+    if backend != "cpp":
         starts = (a.norm_weight, a.norm_bias, a.norm, a.eps, a.activation, a.dtype, a.quantize_fc1)
         hidden = norm_linear_kernel(a.x, a.fc1_weight, a.fc1_bias, *starts)
         ends = (a.x, a.layer_scale, a.drop_path, a.dtype, a.quantize_fc2)
@@ -207,8 +211,8 @@ def _training_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
     a = _Arguments(*arguments)
     if not _backend.differentiates(a.x, a.dtype or a.x.dtype):
         return _kernel(*arguments), a.x.new_empty(0, dtype=a.dtype or a.x.dtype)
-    _output(*arguments)
-    return _backend.triton_kernel("mlp")(**_lowered(a), fc1_bias=_to(a.fc1_bias, a.dtype))
+    _, pre = _training_output(*arguments)
+    return _backend.triton_kernel("mlp")(**_lowered(a), fc1_bias=_to(a.fc1_bias, a.dtype), pre=pre), pre
 
 
 def _to(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:

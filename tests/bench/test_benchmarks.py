@@ -328,10 +328,16 @@ def test_tuning_runs_dry(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "failed" not in done.stdout and "wrong" not in done.stdout
-    for schedule in ("normalising", "folded", "persistent", "product", "cublas"):
-        assert schedule in done.stdout
+    schedules = {
+        "norm_linear": ("normalising", "folded", "persistent", "cublas"),
+        "linear_residual": ("product", "persistent", "cublas"),
+        "mlp": ("composed", "fused"),
+    }
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()}
+    for operator, names in schedules.items():
+        assert all(f" {name} " in lines[operator] for name in names)
     measured = json.loads(path.read_text())["sm90"]
-    assert [list(buckets) for buckets in measured.values()] == [["6"], ["6"]]
+    assert [list(buckets) for buckets in measured.values()] == [["6"], ["6"], ["6"]]
 
 
 def test_a_failing_gpu_step_is_recorded_and_the_next_one_runs(tmp_path):

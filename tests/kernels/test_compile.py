@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 # As benchmarks.resources.SHARED_LIMIT, which can't be imported where the interpreter is on.
 SHARED_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gfx942": 64 * 1024}
 PRODUCTS = (
-    *("_product", "_persistent", "_hidden_gradient"),
+    *("_product", "_persistent", "_fused", "_hidden_gradient"),
     *("_short", "_long", "_whole", "_queries", "_keys", "_logits_summed"),
 )
 PRODUCT = {"sm80": "mma", "sm90": "wgmma", "sm100": "tcgen05", "gfx942": "mfma"}
