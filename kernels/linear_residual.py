@@ -121,7 +121,7 @@ def _schedule(x: Tensor, weight: Tensor, residual: Tensor) -> str:
         return chosen
     if able["persistent"] and m > PERSISTENT_ROWS:
         block_n = PERSISTENT[on].block_n
-        # A ninth of the columns may be padding, which the narrower tiles of "product" have less of.
+        # A ninth of the columns may be padding: the narrower tiles of "product" have less.
         if 8 * block_n * triton.cdiv(n, block_n) <= 9 * n:
             return "persistent"
     return "product"

@@ -53,10 +53,9 @@ _TILES = {
 # Rows of tiles that run before the next ones: they share columns of weight in L2.
 GROUP_M = 8
 
-
 # Persistent products, warp-specialised and fed by TMA: the tile, and the rows above which it runs where choices.json
 # knows nothing better.  Those make three rounds of tiles on an H100 at N = 768, so that the last round is nearly full.
-# Loading warps leave the others registers enough only where these are four, which then are split in two groups.
+# Triton specialises warps for Hopper only if asked for four, and gives each half of 128 rows four of its own.
 PERSISTENT = {"sm90": Tile(128, 256, 64, 4, 3)}
 PERSISTENT_ROWS = 16384
 
@@ -64,10 +63,11 @@ PERSISTENT_ROWS = 16384
 def persists(*operands: Tensor) -> bool:
     """Can a persistent product read and write `operands`, rows of unit stride, here?
 
-    The descriptors of TMA take addresses and strides that are multiples of 16 bytes.
+    The descriptors of TMA take addresses and strides that are multiples of 16 bytes, and no stride of 0.
     """
     return arch(operands[0].device) in PERSISTENT and all(
-        t.stride(0) * t.element_size() % 16 == 0 and (t.is_meta or t.data_ptr() % 16 == 0) for t in operands
+        t.stride(0) > 0 and t.stride(0) * t.element_size() % 16 == 0 and (t.is_meta or t.data_ptr() % 16 == 0)
+        for t in operands
     )
 
 

@@ -159,7 +159,7 @@ def test_which_schedule_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(
         m: int, n: int, k: int, dtype: torch.dtype, *, stride: int | None = None, wide: bool = False, on: str = "sm90"
     ) -> str:
-        x = torch.empty_strided((m, k), (stride or k, 1), dtype=dtype, device="meta")
+        x = torch.empty_strided((m, k), (k if stride is None else stride, 1), dtype=dtype, device="meta")
         residual = torch.empty(m, n, dtype=torch.float32 if wide else dtype, device="meta")
         with record(on):
             return kernel._schedule(x, torch.empty(n, k, dtype=dtype, device="meta"), residual)
@@ -171,7 +171,7 @@ def test_which_schedule_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(50432, 1152, 4304, low) == "persistent"
     assert chosen(50432, 384, 1536, low) == "product"  # of 512 columns
     assert chosen(50432, 768, 770, low) == chosen(50432, 768, 768, low, stride=770) == "product"
-    assert chosen(50432, 768, 768, torch.float32) == "product"
+    assert chosen(50432, 768, 768, torch.float32) == chosen(50432, 768, 768, low, stride=0) == "product"
     assert {chosen(50432, 768, 768, low, on=on) for on in ("sm80", "sm100", "gfx942")} == {"product"}
 
     name = choices.key("linear_residual", low, "residual", 384, 768)
