@@ -18,9 +18,10 @@ and tensor cores, and its statistics come in the epilogue:
     norm(x) @ W.T + bias = rstd * (x @ W'.T) - rstd * mean * s + (bias + W @ norm_bias),  s = the row sums of W'
 
 s is summed from W' as rounded, so that the mean cancels exactly however large it is.  `_prepare` makes W' in the launch
-that makes the statistics: 4 N K bytes, 1 % of the product's time at M = 50,432.  It does so in every call: there is no
-copy that a changed parameter, or a CUDA graph replayed after the change, could leave stale.  (float16 would lose small
-norm_weight * W to its range.)  On Hopper the product may be persistent and warp-specialised, fed by TMA.
+that makes the statistics: 4 N K bytes, 1 % of the product's time at M = 50,432, where the statistics' 2 M K bytes, 77
+MB, take 26 us at 3 TB/s beside the 300 of the product.  It does so in every call: there is no copy that a changed
+parameter, or a CUDA graph replayed after the change, could leave stale.  (float16 would lose small norm_weight * W to
+its range.)  On Hopper the product may be persistent and warp-specialised, fed by TMA.
 
 And three launches: a pass that normalises, cuBLAS, a pass that activates.
 
