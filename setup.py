@@ -34,8 +34,9 @@ CSRC = ROOT / "csrc"
 # The first line of a source that is compiled once per instruction set.
 PER_ISA_MARK = "// fastvit: per-isa"
 
-AVX2 = ["-mavx2", "-mfma"]
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+# Every CPU with AVX2 has PREFETCHW, or takes it for a no-op.
+AVX2 = ["-mavx2", "-mfma", "-mprfchw"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprfchw"]
 AVX512_BF16 = [*AVX512, "-mavx512vnni", "-mavx512bf16"]
 # The levels of each architecture, from the plainest to the best, and what compiles them (csrc/cpu/machine.cpp knows
 # which a machine has). Every CPU with AVX512-BF16 has VNNI, and every arm64 server with BF16 has I8MM.

@@ -167,8 +167,10 @@ class Attention {
   }
 
   // Tokens first .. last of a head that will be needed soon. The rows of one head lie far apart:
-  // each is a cache miss, which no hardware prefetcher foresees.
-  void prefetch(const View& view, int64_t head, int64_t first, int64_t last) const {
+  // each is a cache miss, which no hardware prefetcher foresees. Inlined, because GCC takes a
+  // function that only prefetches for one without effect, and drops the call.
+  FASTVIT_INLINE_METHOD void prefetch(const View& view, int64_t head, int64_t first,
+                                      int64_t last) const {
     const int64_t size = view.dtype == DType::kF32 ? 4 : 2;
     for (int64_t i = first; i < last; ++i) {
       const char* row =
@@ -194,8 +196,7 @@ class Attention {
     }
     for (int64_t k0 = 0; k0 < keys_; k0 += chunk_) {
       const int64_t keys = min(chunk_, keys_ - k0);
-      pack_keys(w, sample, head, k0, keys);
-      pack_values(w, sample, head, k0, keys);
+      pack(w, sample, head, k0, keys);
       for (int64_t r = begin; r < end; r += P::kRows) {
         const int64_t rows = min(P::kRows, end - r);
         prefetch(args_.q, next, r, min(r + P::kRows, queries_));
@@ -203,7 +204,7 @@ class Attention {
         prefetch(args_.v, next, k0 + r - begin, min(k0 + r - begin + P::kRows, keys_));
         score(w, q.rows + (r - begin) * q.ld, q.ld, rows, keys);
         softmax(w, bias, r - begin, rows, r, k0, keys);
-        weigh(w, r - begin, rows, keys, k0 > 0);
+        weigh(w, r - begin, rows, keys, k0 > 0, at(args_.out, sample, r, head));
         if (k0 + keys == keys_) finish(w, sample, head, begin, r, r + rows);
       }
     }
@@ -221,39 +222,37 @@ class Attention {
     }
   }
 
-  void pack_keys(const Worker<P>& w, int64_t sample, int64_t head, int64_t k0, int64_t keys) const {
+  // K and V of a chunk, kLanes keys of both at a time: each token's row lies in a page of its own,
+  // which holds its v as well.
+  void pack(const Worker<P>& w, int64_t sample, int64_t head, int64_t k0, int64_t keys) const {
     for (int64_t key = 0; key < keys; key += kPanel) {
       const int64_t vectors = min(ceil_div(keys - key, kLanes), kVectors);
       Element* panel = w.k + key * ceil_div(head_dim_, P::kPair) * P::kPair;
       for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t first = key + v * kLanes;
+        const int64_t first = key + v * kLanes, left = keys - first;
         pack_columns<P>(args_.k.data, args_.k.dtype, at(args_.k, sample, k0 + first, head),
-                        args_.k.stride[1], keys - first, head_dim_, panel + v * kLanes * P::kPair,
+                        args_.k.stride[1], left, head_dim_, panel + v * kLanes * P::kPair,
                         vectors * kLanes * P::kPair);
+        const int64_t from = at(args_.v, sample, k0 + first, head);
+        if (args_.v.dtype == DType::kF32) {
+          pack_values(w, static_cast<const float*>(args_.v.data) + from, first, left);
+        } else {
+          pack_values(w, static_cast<const bf16*>(args_.v.data) + from, first, left);
+        }
       }
     }
   }
 
-  void pack_values(const Worker<P>& w, int64_t sample, int64_t head, int64_t k0,
-                   int64_t keys) const {
-    const int64_t first = at(args_.v, sample, k0, head);
-    if (args_.v.dtype == DType::kF32) {
-      pack_values(w, static_cast<const float*>(args_.v.data) + first, keys);
-    } else {
-      pack_values(w, static_cast<const bf16*>(args_.v.data) + first, keys);
-    }
-  }
-
-  // Row by row, because each lies in a page of its own.
+  // At most kLanes of the `left` rows of values, which are the chunk's from `first` on.
   template <class T>
-  void pack_values(const Worker<P>& w, const T* rows, int64_t keys) const {
+  void pack_values(const Worker<P>& w, const T* rows, int64_t first, int64_t left) const {
     const int64_t ld = args_.v.stride[1];
-    for (int64_t key = 0; key < keys; key += P::kPair) {
+    for (int64_t key = 0; key < min(left, kLanes); key += P::kPair) {
       const T* row = rows + key * ld;
-      const T* next = key + 1 < keys ? row + ld : nullptr;
+      const T* next = key + 1 < left ? row + ld : nullptr;
       for (int64_t i = 0; i < panels_.count; ++i) {
         const int64_t line = panels_.width(i) * kLanes * P::kPair;
-        Element* to = value_panel(w, i) + key / P::kPair * line;
+        Element* to = value_panel(w, i) + (first + key) / P::kPair * line;
         for (int64_t d = panels_.first(i) * kLanes; d < panels_.first(i + 1) * kLanes;
              d += kLanes, to += kLanes * P::kPair) {
           const f32v units = P::load_pairs(row + d, next ? next + d : nullptr, head_dim_ - d);
@@ -271,8 +270,8 @@ class Attention {
     const int64_t steps = ceil_div(head_dim_, P::kPair);
     for (int64_t key = 0; key < keys; key += kPanel) {
       const int64_t vectors = min(ceil_div(keys - key, kLanes), kVectors);
-      MicroKernels<P>::get(rows, vectors)(steps, q, ld, w.k + key * steps * P::kPair,
-                                          w.scores + key, lds_, false, {}, {});
+      MicroKernels<P, NoPrefetch>::get(rows, vectors)(steps, q, ld, w.k + key * steps * P::kPair,
+                                                      w.scores + key, lds_, false, {}, {});
     }
   }
 
@@ -365,17 +364,24 @@ class Attention {
     return reduce_add(sum[0] + sum[1]);
   }
 
-  void weigh(const Worker<P>& w, int64_t row, int64_t rows, int64_t keys, bool accumulate) const {
+  // `to`: where in args_.out the rows will go.
+  void weigh(const Worker<P>& w, int64_t row, int64_t rows, int64_t keys, bool accumulate,
+             int64_t to) const {
     const Element* p;
     if constexpr (P::kPair == 1) {
       p = w.scores;
     } else {
       p = w.p;
     }
+    const Rows result(args_.out, args_.out.stride[1]), out(w.out, DType::kF32, ldo_);
     for (int64_t i = 0; i < panels_.count; ++i) {
-      MicroKernels<P>::get(rows, panels_.width(i))(
-          ceil_div(keys, P::kPair), p, ldp_, value_panel(w, i),
-          w.out + row * ldo_ + panels_.first(i) * kLanes, ldo_, accumulate, {}, {});
+      const int64_t d = panels_.first(i) * kLanes, width = panels_.width(i) * kLanes;
+      Prefetch prefetch;
+      prefetch.tiles[0] = out.tile(row * ldo_ + d, width);
+      prefetch.tiles[1] = result.tile(to + d, width);
+      MicroKernels<P>::get(rows, panels_.width(i))(ceil_div(keys, P::kPair), p, ldp_,
+                                                   value_panel(w, i), w.out + row * ldo_ + d, ldo_,
+                                                   accumulate, {}, prefetch);
     }
   }
 

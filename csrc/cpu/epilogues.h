@@ -18,11 +18,31 @@ struct Activate {
   }
 
   void operator()(const float* tile, int64_t row, int64_t rows, int64_t col, int64_t cols) const {
+    if (cols == kPanel) {
+      const int64_t first = row * out.ld + col;
+      if (out.dtype == DType::kF32)
+        return whole(tile, rows, col, static_cast<float*>(out.data) + first);
+      return whole(tile, rows, col, static_cast<bf16*>(out.data) + first);
+    }
     for (int64_t j = 0; j < cols; j += kLanes) {
       const f32v b = load(bias + col + j);
       for (int64_t i = 0; i < rows; ++i) {
         const f32v y = Function::apply(load(tile + i * kPanel + j) + b);
         out.store_at((row + i) * out.ld + col + j, y, cols - j);
+      }
+    }
+  }
+
+  // A tile as wide as a panel, row by row.
+  template <class T>
+  void whole(const float* tile, int64_t rows, int64_t col, T* to) const {
+    f32v b[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) b[j] = load(bias + col + j * kLanes);
+    for (int64_t i = 0; i < rows; ++i, tile += kPanel, to += out.ld) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        store(to + j * kLanes, Function::apply(load(tile + j * kLanes) + b[j]));
       }
     }
   }
@@ -95,12 +115,36 @@ struct AddResidual {
     for (int64_t i = 0; i < rows; ++i) {
       scale[i] = row_scale ? row_scale[(first_row + row + i) / rows_per_sample] : 1.0f;
     }
+    if (cols == kPanel && out.dtype == residual.dtype) {
+      if (out.dtype == DType::kF32) return whole<float>(tile, row, rows, col, scale);
+      return whole<bf16>(tile, row, rows, col, scale);
+    }
     for (int64_t j = 0; j < cols; j += kLanes) {
       const f32v b = load(bias + col + j), gamma = load(layer_scale + col + j);
       for (int64_t i = 0; i < rows; ++i) {
         const f32v y = (load(tile + i * kPanel + j) + b) * gamma;
         const f32v r = residual.load_at((row + i) * residual.ld + col + j, cols - j);
         out.store_at((row + i) * out.ld + col + j, fmadd(y, set1(scale[i]), r), cols - j);
+      }
+    }
+  }
+
+  // A tile as wide as a panel, row by row.
+  template <class T>
+  void whole(const float* tile, int64_t row, int64_t rows, int64_t col, const float* scale) const {
+    f32v b[kVectors], gamma[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      b[j] = load(bias + col + j * kLanes);
+      gamma[j] = load(layer_scale + col + j * kLanes);
+    }
+    const T* r = static_cast<const T*>(residual.data) + row * residual.ld + col;
+    T* to = static_cast<T*>(out.data) + row * out.ld + col;
+    for (int64_t i = 0; i < rows; ++i, tile += kPanel, r += residual.ld, to += out.ld) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        const f32v y = (load(tile + j * kLanes) + b[j]) * gamma[j];
+        store(to + j * kLanes, fmadd(y, set1(scale[i]), load(r + j * kLanes)));
       }
     }
   }

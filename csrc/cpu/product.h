@@ -26,10 +26,11 @@ namespace fastvit::cpu::FASTVIT_ISA {
 
 // ---- Micro-kernel -------------------------------------------------------------------------------
 
-// What the micro-kernel fetches into L2 in passing, a little every kUnroll steps: the P::kRows of A
-// that come next, the weights that will be packed next (at step s, byte s * step of `count` rows),
-// and the rows that the epilogue of this tile will read or write. Asked for all at once, they would
-// stall.
+// What the micro-kernel fetches in passing, a little every kUnroll steps, because all at once would
+// stall. Into L2: the P::kRows of A that come next, and the weights that will be packed next (at
+// step s, byte s * step of `count` rows). Into L1, last of all, for writing: the rows that the
+// epilogue of this tile will write or read. Stores retire in order, so each one that missed L1
+// would hold up the next tile's.
 struct Prefetch {
   static constexpr int kUnroll = 8;
 
@@ -40,7 +41,7 @@ struct Prefetch {
   TileRows tiles[2] = {};
 
   template <class P, int MR>
-  FASTVIT_INLINE_METHOD void at(int64_t s) const {
+  FASTVIT_INLINE_METHOD void at(int64_t s, int64_t steps) const {
     constexpr int64_t kStepBytes = 4 * P::kRows;
     if (a) {
       for (int64_t i = 0; i < kStepBytes * kUnroll / 64; ++i) {
@@ -48,13 +49,20 @@ struct Prefetch {
       }
     }
     for (int64_t i = 0; i < count; ++i) __builtin_prefetch(weights + i * ld + s * step, 0, 2);
-    if (s < MR * kUnroll) {
+    const int64_t left = (steps - s) / kUnroll - 1;
+    if (left < MR) {
       for (const TileRows& tile : tiles) {
-        const char* row = tile.rows + s / kUnroll * tile.ld;
-        for (int64_t b = 0; b < tile.bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+        const char* row = tile.rows + left * tile.ld;
+        for (int64_t b = 0; b < tile.bytes; b += 64) __builtin_prefetch(row + b, 1, 3);
       }
     }
   }
+};
+
+// Where all is near: asking whether there is anything to fetch is a tenth of a short product.
+struct NoPrefetch {
+  template <class P, int MR>
+  FASTVIT_INLINE_METHOD void at(int64_t, int64_t) const {}
 };
 
 // What turns sums of quantised products into f32: a factor per row of A and one per column of B.
@@ -65,10 +73,10 @@ struct Scales {
 
 // c[MR][NV * kLanes] (+)= a[MR][steps] * b[steps][NV * kLanes]. Sums of integers stay integers, in
 // the same place, until `scales` are given.
-template <class P, int MR, int NV>
+template <class P, class Fetch, int MR, int NV>
 static void micro_kernel(int64_t steps, const typename P::Element* a, int64_t lda,
                          const typename P::Element* b, float* c, int64_t ldc, bool accumulate,
-                         const Scales& scales, const Prefetch& prefetch) {
+                         const Scales& scales, const Fetch& prefetch) {
   using Accumulator = typename P::Accumulator;
   Accumulator acc[MR][NV] = {};
   if (accumulate) {
@@ -104,7 +112,7 @@ static void micro_kernel(int64_t steps, const typename P::Element* a, int64_t ld
   constexpr int kUnroll = Prefetch::kUnroll;
   int64_t s = 0;
   for (; s + kUnroll <= steps; s += kUnroll) {
-    prefetch.at<P, MR>(s);
+    prefetch.template at<P, MR>(s, steps);
 #pragma GCC unroll 8
     for (int i = 0; i < kUnroll; ++i) step();
   }
@@ -185,15 +193,15 @@ FASTVIT_INLINE void multiply_tiles(int64_t blocks, const typename P::Element* a,
 // 2 x 2 tiles take four products, of 16 cycles each, for four loads, of 8: the loads hide. 1 x 4
 // would take five, and read B, which comes from L2, once per 16 rows instead of 32. A panel of 64
 // columns is two halves, the second of which finds A in L1.
-template <class P, int R, int NV>
+template <class P, class Fetch, int R, int NV>
 static void tile_kernel(int64_t steps, const typename P::Element* a, int64_t lda,
                         const typename P::Element* b, float* c, int64_t ldc, bool accumulate,
-                        const Scales& scales, const Prefetch& prefetch) {
+                        const Scales& scales, const Fetch& prefetch) {
   constexpr int64_t kRows = 16 * R, ldb = NV * kLanes * P::kPair;
   const int64_t blocks = ceil_div(steps, P::kSteps);
   const auto fetch = [&](int64_t block) __attribute__((always_inline)) {
     for (int64_t s = 0; s < P::kSteps; s += Prefetch::kUnroll) {
-      prefetch.at<P, kRows>(block * P::kSteps + s);
+      prefetch.template at<P, kRows>(block * P::kSteps + s, blocks * P::kSteps);
     }
   };
   const auto nothing = [](int64_t) {};
@@ -217,21 +225,21 @@ static void tile_kernel(int64_t steps, const typename P::Element* a, int64_t lda
 #endif
 
 // The kernels of a product by rows and vectors, from one of each on.
-template <class P>
+template <class P, class Fetch = Prefetch>
 struct MicroKernels {
   using Function = void (*)(int64_t steps, const typename P::Element* a, int64_t lda,
                             const typename P::Element* b, float* c, int64_t ldc, bool accumulate,
-                            const Scales& scales, const Prefetch& prefetch);
+                            const Scales& scales, const Fetch& prefetch);
 
   template <int MR>
   struct Row {
     Function at[kVectors];
     constexpr Row() : at{} {
-      at[0] = micro_kernel<P, MR, 1>;
-      at[1] = micro_kernel<P, MR, 2>;
+      at[0] = micro_kernel<P, Fetch, MR, 1>;
+      at[1] = micro_kernel<P, Fetch, MR, 2>;
       if constexpr (kVectors == 4) {
-        at[2] = micro_kernel<P, MR, 3>;
-        at[3] = micro_kernel<P, MR, 4>;
+        at[2] = micro_kernel<P, Fetch, MR, 3>;
+        at[3] = micro_kernel<P, Fetch, MR, 4>;
       }
     }
   };
@@ -240,8 +248,10 @@ struct MicroKernels {
 #if defined(FASTVIT_TILES)
     if constexpr (P::kTiles) {
       static constexpr Function kTable[2][kVectors] = {
-          {tile_kernel<P, 1, 1>, tile_kernel<P, 1, 2>, tile_kernel<P, 1, 3>, tile_kernel<P, 1, 4>},
-          {tile_kernel<P, 2, 1>, tile_kernel<P, 2, 2>, tile_kernel<P, 2, 3>, tile_kernel<P, 2, 4>}};
+          {tile_kernel<P, Fetch, 1, 1>, tile_kernel<P, Fetch, 1, 2>, tile_kernel<P, Fetch, 1, 3>,
+           tile_kernel<P, Fetch, 1, 4>},
+          {tile_kernel<P, Fetch, 2, 1>, tile_kernel<P, Fetch, 2, 2>, tile_kernel<P, Fetch, 2, 3>,
+           tile_kernel<P, Fetch, 2, 4>}};
       return kTable[rows > 16][vectors - 1];
     }
 #endif
@@ -442,7 +452,7 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
   const int64_t worker_bytes = carve(nullptr).bytes;
 
   // A row is dear where the source pools tokens: then few rows must still keep all threads busy.
-  const int64_t fill_rows = max(min(min(block_rows, m) / (4 * threads), kRows), 1);
+  const int64_t fill_rows = max(min(min(block_rows, m) / (8 * threads), 4 * kRows), 1);
 
   Element* rows;
   float* row_scales = nullptr;

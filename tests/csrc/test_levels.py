@@ -248,7 +248,7 @@ def test_the_micro_kernel_of_arm64_multiplies_by_element_without_spills(
         check=True,
     ).stdout
     functions = re.split(r"\n\n", listing)
-    (kernel,) = [f for f in functions if re.match(rf"[0-9a-f]+ <.*micro_kernel<.*::{product}, 6, 4>", f)]
+    (kernel,) = [f for f in functions if re.match(rf"[0-9a-f]+ <.*micro_kernel<.*::{product}, .*Prefetch, 6, 4>", f)]
     # The longest stretch without a jump is the loop's body: eight steps of 24 multiply-adds.
     blocks = re.split(r"\n[^\n]*\t(?:b|b\.\w+|cbn?z|tbn?z|ret)\s[^\n]*", kernel)
     body = max(blocks, key=len).splitlines()
@@ -285,7 +285,7 @@ def amx_listing(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("product, mac", [("ProductBF16", "tdpbf16ps"), ("ProductI8", "tdpbssd")])
 def test_the_tile_kernel_loads_one_tile_per_product(amx_listing: str, product: str, mac: str) -> None:
-    (kernel,) = [f for f in amx_listing.split("\n\n") if re.match(rf"[0-9a-f]+ <.*tile_kernel<.*{product}, 2, 4>", f)]
+    (kernel,) = [f for f in amx_listing.split("\n\n") if re.match(rf"[0-9a-f]+ <.*tile_kernel<.*{product}, .*Prefetch, 2, 4>", f)]
     # A block of 16 steps takes 2 x 2 tiles; they are loaded before the loop and stored behind it.
     macs = [match.start() for match in re.finditer(mac, kernel)]
     assert len(macs) == 2 * 4, "two halves of a panel"
