@@ -23,9 +23,10 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree
 from torch.utils._device import DeviceContext
 
-from fastvit.adapters.parts import has_own_forward, listener_obstacle, mode_obstacle
+from fastvit.adapters.parts import mode_obstacle
 from fastvit.adapters.prepared import _KEY as PREPARED
 from fastvit.adapters.swap import with_made
+from fastvit.nn._listeners import has_own_forward, listener_obstacle
 from fastvit.ops import _backend
 
 # A batch runs in the next bucket.  Above the last one a GPU has more to do than Python to launch; between powers of two

@@ -207,46 +207,6 @@ def mode_obstacle() -> str | None:
     return None
 
 
-def listener_obstacle(bypassed: list[nn.Module]) -> str | None:
-    """Why one of these modules must be called as a module: somebody listens to it, or gave it another forward."""
-    registry = torch.nn.modules.module
-    if registry._global_forward_hooks or registry._global_forward_pre_hooks:
-        return "global module hooks"
-    if registry._global_backward_hooks or registry._global_backward_pre_hooks:
-        return "global module hooks"
-    for module in bypassed:
-        if module._forward_hooks and not all(_is_idle_capture(hook) for hook in module._forward_hooks.values()):
-            return f"forward hook on {type(module).__name__}"
-        if module._forward_pre_hooks:
-            return f"forward pre-hook on {type(module).__name__}"
-        if module._backward_hooks or module._backward_pre_hooks:
-            return f"backward hook on {type(module).__name__}"
-        if "forward" in module.__dict__ and not has_own_forward(module):
-            return f"forward of {type(module).__name__} was replaced"
-    return None
-
-
-def has_own_forward(module: nn.Module) -> bool:
-    """Is the forward on the instance, if any, the class's own?
-
-    transformers 4 assigns it: it wraps `forward` to record attentions and puts the bound method back afterwards.
-    """
-    forward = module.__dict__.get("forward")
-    return forward is None or (
-        getattr(forward, "__self__", None) is module and forward.__func__ is type(module).forward
-    )
-
-
-def _is_idle_capture(hook: Any) -> bool:
-    """Is this transformers' recording hook, which stays installed but records only when attentions are asked for?"""
-    if getattr(hook, "__name__", "") != "output_capturing_hook":
-        return False
-    if torch.compiler.is_compiling():
-        return True  # a compiled model asks through an argument or its configuration, and both are looked at
-    collector = hook.__globals__["_active_collector"].get()
-    return collector is None or "attentions" not in collector
-
-
 # ---- DropPath and dropout --------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.adapters.parts import PLAIN, run_block
-from fastvit.adapters.swap import descendants
+from fastvit.nn._listeners import descendants
 from fastvit.ops import use_backend
 
 _TOKENS = 5

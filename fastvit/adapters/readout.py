@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastvit.adapters.parts import NotServed, Readout, has_own_forward, listener_obstacle, mode_obstacle, read_norm
+from fastvit.adapters.parts import NotServed, Readout, mode_obstacle, read_norm
 from fastvit.adapters.swap import Fused, FusedBlock, reading
+from fastvit.nn._listeners import has_own_forward, listener_obstacle
 
 
 class FusedReadout(Fused):

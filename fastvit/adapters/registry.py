@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from fastvit.adapters import timm, torchvision, transformers
-from fastvit.adapters.parts import NotServed, has_own_forward, read_activation, read_norm
+from fastvit.adapters.parts import NotServed, read_activation, read_norm
 from fastvit.adapters.probe import probe
 from fastvit.adapters.readout import FusedReadout
-from fastvit.adapters.swap import FusedBlock, FusedPatchConv, descendants, fused_class
+from fastvit.adapters.swap import FusedBlock, FusedPatchConv, fused_class
+from fastvit.nn._listeners import descendants, has_own_forward
 
 # Each adapter: LIBRARY, its module's name; matches(block), does it look like one of its own; check(block), which raises
 # NotServed for a structure that it can't express; read(block) -> BlockParts, at every call.  And of whole models:

@@ -23,13 +23,12 @@ from fastvit.adapters.parts import (
     NotServed,
     Quantization,
     block_obstacle,
-    has_own_forward,
     input_obstacle,
-    listener_obstacle,
     mode_obstacle,
     run_block,
 )
 from fastvit.adapters.prepared import forget, prepare, run_prepared
+from fastvit.nn._listeners import descendants, has_own_forward, listener_obstacle
 from fastvit.ops import _int8
 
 # What a class that `fused_class` made has, and nobody else.
@@ -191,18 +190,6 @@ def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str |
     if named or extra:
         return f"called with {', '.join([*named, *extra])}", None
     return (None, x) if x is not None else ("called without hidden states", None)
-
-
-def descendants(module: nn.Module) -> list[nn.Module]:
-    """All modules inside, each as often as it occurs."""
-    # As fast as can be: it runs at every call of a block.
-    found: list[nn.Module] = []
-    for child in module._modules.values():
-        if child is not None:
-            found.append(child)
-            if child._modules:
-                found += descendants(child)
-    return found
 
 
 def fused_class(

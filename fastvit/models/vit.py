@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit.nn import MLP, AttentionPool, Block, PatchEmbed, SwiGLU
+from fastvit.nn._listeners import listener_obstacle
 from fastvit.reference import interpolate_pos_embed
 
 POOLS = ("token", "avg", "map", "")
@@ -160,13 +162,15 @@ class FastViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images in `layout`, float or uint8 -> (B, num_classes)."""
-        if self.global_pool not in ("token", "avg"):
+        tail = (self.norm, self.fc_norm, self.head)
+        after = type(self.norm) is nn.Identity
+        norms = (nn.Identity, nn.LayerNorm) if after else (nn.LayerNorm, nn.Identity)
+        known = tuple(map(type, tail)) in ((*norms, nn.Linear), (*norms, nn.Identity))
+        if self.global_pool not in ("token", "avg") or not known or listener_obstacle(tail) is not None:
             return self.forward_head(self.forward_features(x))
         x = self.blocks(self.embed(x))
-        head = self.head if isinstance(self.head, nn.Linear) else None
-        after = isinstance(self.fc_norm, nn.LayerNorm)
-        norm = self.fc_norm if after else self.norm
-        assert isinstance(norm, nn.LayerNorm)
+        norm: Any = self.fc_norm if after else self.norm
+        head: Any = None if type(self.head) is nn.Identity else self.head
         mode = "token" if self.global_pool == "token" else "avg" if after else "norm_avg"
         return ops.pool(
             x,

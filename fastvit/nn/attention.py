@@ -9,12 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit import ops
+from fastvit.nn._listeners import can_bypass, kinds_inside, own_listener
 from fastvit.nn._spelling import make_norm, norm_arguments
 from fastvit.nn.mlp import MLP, add_branch
 
 
 class Attention(nn.Module):
     """Multi-head self-attention on a packed qkv projection.  Keys as timm's: `qkv`, `q_norm`, `k_norm`, `proj`.
+
+    A hook on `attn_drop` gets the attention's weights, (B, num_heads, N, N), which are made for it alone.
 
     Args:
         dim: channels, a multiple of num_heads.
@@ -48,6 +51,7 @@ class Attention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
+        self._kinds = kinds_inside(self)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
         """x (B, N, dim) -> (B, N, dim).
@@ -55,6 +59,8 @@ class Attention(nn.Module):
         attn_mask: additive, broadcastable to (B, num_heads, N, N).
         options: of `fastvit.ops.attention`: key_mask, rope, bias_table, grid, window, shift and the like.
         """
+        if not can_bypass(self, self._kinds):
+            return self.proj_drop(self.proj(self._heads(self.qkv(x), attn_mask, **options)))
         x = self.attend(x, nn.Identity(), attn_mask, **options)
         return self.proj_drop(ops.norm_linear(x, self.proj.weight, self.proj.bias, norm="none"))
 
@@ -93,15 +99,35 @@ class Attention(nn.Module):
         if arguments is None:
             x, arguments = norm(x), {"norm": "none"}
         qkv = ops.norm_linear(x, self.qkv.weight, self.qkv.bias, **arguments)
+        return self._heads(qkv, attn_mask, **options)
+
+    def _heads(self, qkv: Tensor, attn_mask: Tensor | None, **options: Any) -> Tensor:
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
+        if type(self.attn_drop) is not nn.Dropout or own_listener(self.attn_drop) is not None:
+            if options:
+                raise ValueError(
+                    f"attn_drop: with {', '.join(options)} there are no weights for a hook on it, or for "
+                    f"{type(self.attn_drop).__name__}; accepted: nn.Dropout without hooks"
+                )
+            return self._weighted(q, k, v, attn_mask)
         dropout_p = self.attn_drop.p if self.training else 0.0
-        if dropout_p > 0.0 and not options and not x.is_cuda:
+        if dropout_p > 0.0 and not options and not q.is_cuda:
             # The operator's reproducible bits cost a CPU more than torch's own.
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, scale=self.scale)
             return out.transpose(1, 2).flatten(2)
         return ops.attention(q, k, v, scale=self.scale, bias=attn_mask, dropout_p=dropout_p, **options)
+
+    def _weighted(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
+        """The attention of (B, N, heads, head_dim), with weights to see."""
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        logits = (q * self.scale) @ k.transpose(-2, -1)
+        logits = logits if attn_mask is None else logits + attn_mask
+        weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(v.dtype)
+        # As in the operator, a query whose keys are all masked gets zeros.
+        weights = weights.masked_fill(logits.isneginf().all(-1, keepdim=True), 0.0)
+        return (self.attn_drop(weights) @ v).transpose(1, 2).flatten(2)
 
 
 class AttentionPool(nn.Module):
@@ -139,12 +165,19 @@ class AttentionPool(nn.Module):
         self.norm = nn.LayerNorm(in_features, eps=norm_eps)
         self.mlp = MLP(in_features, int(in_features * mlp_ratio), act_layer=act_layer)
         nn.init.trunc_normal_(self.latent, std=in_features**-0.5)
+        self._kinds = kinds_inside(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, in_features) -> (B, in_features)."""
+        if not can_bypass(self, self._kinds):
+            x = self.proj(self._heads(self.q(self.latent), self.kv(x)))
+            return (x + self.mlp(self.norm(x)))[:, 0]
         q = ops.norm_linear(self.latent, self.q.weight, self.q.bias, norm="none")
-        q = q.expand(x.shape[0], -1, -1).unflatten(-1, (self.num_heads, self.head_dim))
         kv = ops.norm_linear(x, self.kv.weight, self.kv.bias, norm="none")
-        k, v = kv.unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(2)
-        x = ops.norm_linear(ops.attention(q, k, v), self.proj.weight, self.proj.bias, norm="none")
+        x = ops.norm_linear(self._heads(q, kv), self.proj.weight, self.proj.bias, norm="none")
         return self.mlp.add_to(x, self.norm)[:, 0]
+
+    def _heads(self, q: Tensor, kv: Tensor) -> Tensor:
+        q = q.expand(kv.shape[0], -1, -1).unflatten(-1, (self.num_heads, self.head_dim))
+        k, v = kv.unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(2)
+        return ops.attention(q, k, v)

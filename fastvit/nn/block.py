@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastvit.nn._listeners import can_bypass, kinds_inside
 from fastvit.nn._spelling import make_norm
 from fastvit.nn.attention import Attention
 from fastvit.nn.layers import DropPath, LayerScale, branch_arguments
@@ -16,8 +17,8 @@ class Block(nn.Module):
     """x = x + attention(norm(x)); x = x + mlp(norm(x)), each half with LayerScale and DropPath.
 
     Dosovitskiy et al. 2020.  Runs as self_attention, mlp; with qk_norm or dropout, as the operators that these are made
-    of.  Keys as timm's Block: `norm1`, `attn.qkv`, `attn.proj`, `ls1.gamma`, `norm2`, `mlp.fc1`, `mlp.fc2`,
-    `ls2.gamma`.
+    of; module by module as long as one inside has a hook, or is not what the constructor made.  Keys as timm's Block:
+    `norm1`, `attn.qkv`, `attn.proj`, `ls1.gamma`, `norm2`, `mlp.fc1`, `mlp.fc2`, `ls2.gamma`.
 
     Args:
         dim: channels.
@@ -59,9 +60,13 @@ class Block(nn.Module):
         self.mlp = mlp_layer(dim, int(dim * mlp_ratio), bias=proj_bias, drop=proj_drop, **activation)
         self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self._kinds = kinds_inside(self)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """x (B, N, dim) -> (B, N, dim); attn_mask: additive, broadcastable to (B, num_heads, N, N)."""
+        if not can_bypass(self, self._kinds):
+            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask)))
+            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         branch = branch_arguments(x, self.ls1, self.drop_path1)
         x = self.attn.add_to(x, self.norm1, **branch, attn_mask=attn_mask)
         branch = branch_arguments(x, self.ls2, self.drop_path2)

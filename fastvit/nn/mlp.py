@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastvit import ops
+from fastvit.nn._listeners import can_bypass, kinds_inside
 from fastvit.nn._spelling import activation_name, make_activation, norm_arguments
 
 
@@ -57,9 +58,12 @@ class MLP(nn.Module):
         self.drop1 = nn.Dropout(drop)
         self.fc2 = nn.Linear(hidden_features, out_features or in_features, bias=bias)
         self.drop2 = nn.Dropout(drop)
+        self._kinds = kinds_inside(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
+        if not can_bypass(self, self._kinds):
+            return self.drop2(self.fc2(self.drop1(self.activate(self.fc1(x)))))
         hidden = self.hidden(x, nn.Identity())
         return self.drop2(ops.norm_linear(hidden, self.fc2.weight, self.fc2.bias, norm="none"))
 
@@ -80,6 +84,10 @@ class MLP(nn.Module):
             )
         hidden = self.hidden(residual, norm)
         return add_branch(hidden, self.fc2, self.drop2, residual, layer_scale, drop_path)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """What comes between fc1 and fc2, dropout apart."""
+        return self.act(x)
 
     def activation(self) -> str | None:
         """The activation's name in the operators, or None for a module that they don't know."""
@@ -117,6 +125,10 @@ class SwiGLU(MLP):
             raise ValueError(f"hidden_features: {hidden_features}; accepted: an even number, gate and value together")
         super().__init__(in_features, hidden_features, out_features, "silu", bias, drop)
         self.fc2 = nn.Linear(hidden_features // 2, out_features or in_features, bias=bias)
+
+    def activate(self, x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, dim=-1)
+        return self.act(gate) * value
 
     def activation(self) -> str:
         return "swiglu"

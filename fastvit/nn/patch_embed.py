@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
-from fastvit import ops
+from fastvit import ops, reference
+from fastvit.nn._listeners import listener_obstacle
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -66,6 +68,11 @@ class PatchEmbed(nn.Module):
             if h % p1 or w % p2:
                 h, w = h // p1 * p1, w // p2 * p2
                 x = x[:, :, :h, :w] if self.layout == "NCHW" else x[:, :h, :w]
+        if not isinstance(self.proj, nn.Conv2d) or listener_obstacle([self.proj]) is not None:
+            x = reference.normalize_image(x, self.proj.weight.dtype, self.mean, self.std, self.layout)
+            x = self.proj(x).flatten(2).transpose(1, 2)
+            x = x if pos_embed is None else x + pos_embed
+            return x if prefix is None else torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)
         return ops.patch_embed(
             x,
             self.proj.weight,

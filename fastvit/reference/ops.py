@@ -337,6 +337,26 @@ def mlp(
     )
 
 
+def normalize_image(
+    image: Tensor,
+    dtype: torch.dtype,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
+    layout: str = "NCHW",
+) -> Tensor:
+    """(image - mean) / std as (B, C, H, W), an integer image divided by 255 first and then of `dtype`."""
+    if layout == "NHWC":
+        image = image.permute(0, 3, 1, 2)
+    from_integers = not image.is_floating_point()
+    if from_integers:
+        # Normalised in float32, as images are before a model in low precision sees them.
+        image = image.to(torch.promote_types(dtype, torch.float32)) / 255
+    for values, apply in ((mean, torch.sub), (std, torch.div)):
+        if values is not None:
+            image = apply(image, torch.as_tensor(values, dtype=image.dtype, device=image.device).view(-1, 1, 1))
+    return image.to(dtype) if from_integers else image
+
+
 def patch_embed(
     image: Tensor,
     weight: Tensor,
@@ -349,17 +369,7 @@ def patch_embed(
     layout: str = "NCHW",
 ) -> Tensor:
     """Cut into patches, flatten, project, add positions, prepend; arguments as in `fastvit.ops.patch_embed`."""
-    if layout == "NHWC":
-        image = image.permute(0, 3, 1, 2)
-    from_integers = not image.is_floating_point()
-    if from_integers:
-        # Normalised in float32, as images are before a model in low precision sees them.
-        image = image.to(torch.promote_types(weight.dtype, torch.float32)) / 255
-    for values, apply in ((mean, torch.sub), (std, torch.div)):
-        if values is not None:
-            image = apply(image, torch.as_tensor(values, dtype=image.dtype, device=image.device).view(-1, 1, 1))
-    if from_integers:
-        image = image.to(weight.dtype)
+    image = normalize_image(image, weight.dtype, mean, std, layout)
     patches = image.unfold(2, weight.shape[2], weight.shape[2]).unfold(3, weight.shape[3], weight.shape[3])
     # (B, C, rows, columns, P1, P2) -> (B, N, C * P1 * P2), the order of a convolution's weight.
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)

@@ -55,6 +55,44 @@ def test_equals_timm(options):
         assert_close(ours(x), theirs.double()(x.double()), eager=eager)
 
 
+HEADS = (
+    {},
+    {"global_pool": "avg"},
+    {"global_pool": "avg", "fc_norm": False},
+    {"global_pool": "map", "class_token": False},
+    {"num_classes": 0},
+)
+
+
+@pytest.mark.parametrize("optimized", [False, True])
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_a_hook_on_any_module_fires(options, optimized):
+    model = nasty.randomize(fastvit.FastViT(**{**TINY, "patch_size": 8, "pre_norm": True, **options})).eval()
+    model = fastvit.optimize(model) if optimized else model
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+        for name, module in list(model.named_modules())[1:]:
+            calls = []
+            handle = module.register_forward_hook(lambda *a, calls=calls: calls.append(1))
+            assert_close(model(x), expected.double())
+            handle.remove()
+            assert calls == [1], name
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_a_new_head_and_a_new_norm_are_called(options):
+    model = nasty.randomize(fastvit.FastViT(**{**TINY, "patch_size": 8, **options})).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(x), pre_logits=True)
+        model.head = torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Linear(64, 3))
+        assert_close(model(x), model.head(features).double())
+        model.norm = model.fc_norm = torch.nn.Softmax(-1)
+        assert_close(model(x), model.forward_head(model.forward_features(x)).double())
+
+
 def test_equals_the_reference_at_another_resolution():
     options = {**TINY, "patch_size": 8}
     reference = nasty.randomize(VisionTransformer(**options)).eval()

@@ -76,6 +76,108 @@ def test_block_gradients():
             assert_close(p.grad, e)
 
 
+REGISTER = {
+    "forward": "register_forward_hook",
+    "pre": "register_forward_pre_hook",
+    "backward": "register_full_backward_hook",
+}
+
+
+@pytest.mark.parametrize("kind", REGISTER)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_hook_on_any_module_inside_fires(options, kind):
+    block = nasty.randomize(fnn.Block(64, 2, **options))
+    x = nasty.tokens(2, 5, 64).float().requires_grad_()
+    expected = block(x)
+    for name, module in list(block.named_modules())[1:]:
+        calls = []
+        handle = getattr(module, REGISTER[kind])(lambda *a, calls=calls: calls.append(1))
+        out = block(x)
+        out.sum().backward()
+        handle.remove()
+        assert calls == [1], name
+        assert_close(out, expected.double())
+    assert torch.equal(block(x), expected)
+
+
+def test_a_hook_changes_what_the_block_computes():
+    block = nasty.randomize(fnn.Block(64, 2, init_values=0.3))
+    x = nasty.tokens(2, 5, 64).float()
+    block.attn.register_forward_hook(lambda module, args, out: out * 0.0)
+    block.mlp.fc2.register_forward_pre_hook(lambda module, args: (args[0] * 0.0,))
+    assert_close(block(x), (x + block.ls2(block.mlp.fc2.bias)).double())
+
+
+def test_a_global_hook_sees_every_module_that_computes():
+    block = nasty.randomize(fnn.Block(64, 2, init_values=0.3, qk_norm=True, drop_path=0.1))
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
+    try:
+        block(torch.randn(2, 5, 64))
+    finally:
+        handle.remove()
+    assert sorted(map(id, seen)) == sorted(id(m) for m in block.modules() if m is not block.attn.attn_drop)
+
+
+def test_a_hook_on_the_dropout_of_weights_sees_the_weights():
+    attn, seen = nasty.randomize(fnn.Attention(64, 2)).eval(), []
+    x = nasty.tokens(2, 5, 64, massive=0).float()
+    mask = torch.zeros(2, 1, 5, 5)
+    mask[0, :, :, 3:] = mask[1, :, 2] = float("-inf")
+    expected = attn(x, mask)
+    attn.attn_drop.register_forward_hook(lambda module, args, out: seen.append(out))
+    assert_close(attn(x, mask), expected.double())
+    q, k, _ = attn.double().qkv(x.double()).view(2, 5, 3, 2, 32).permute(2, 0, 3, 1, 4)
+    assert_close(seen[0], (q @ k.mT * 32**-0.5 + mask).softmax(-1).nan_to_num())
+    with pytest.raises(ValueError, match="attn_drop: with key_mask there are no weights"):
+        attn.float()(x, key_mask=torch.ones(2, 5, dtype=torch.bool))
+
+
+class LoRA(torch.nn.Module):
+    """A linear with more to it, which shows its weight as if it had not."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + x.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("name", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+def test_a_layer_that_was_replaced_is_called(name):
+    block = nasty.randomize(fnn.Block(64, 2)).eval()
+    block.set_submodule(name, LoRA(block.get_submodule(name)))
+    block.attn.attn_drop = torch.nn.Identity()
+    x = nasty.tokens(2, 5, 64).float()
+    assert_close(block(x), plain_block(block.double(), x.double()))
+
+
+def test_a_hook_on_any_module_of_an_attention_pool_fires():
+    pool = nasty.randomize(fnn.AttentionPool(64, 2))
+    x = nasty.tokens(3, 50, 64, massive=0).float()
+    expected = pool(x)
+    for name, module in list(pool.named_modules())[1:]:
+        calls = []
+        handle = module.register_forward_hook(lambda *a, calls=calls: calls.append(1))
+        assert_close(pool(x), expected.double())
+        handle.remove()
+        assert calls == [1], name
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_a_hook_on_the_patch_projection_fires(layout, dtype):
+    embed = nasty.randomize(fnn.PatchEmbed(16, 8, embed_dim=24, mean=[0.5] * 3, std=[0.3] * 3, layout=layout))
+    shape = (2, 3, 19, 17) if layout == "NCHW" else (2, 19, 17, 3)
+    image = torch.randint(0, 256, shape, dtype=torch.uint8, generator=nasty.generator()).to(dtype)
+    given, calls = {"pos_embed": torch.randn(1, 4, 24), "prefix": torch.randn(1, 2, 24)}, []
+    expected = embed(image, **given)
+    embed.proj.register_forward_hook(lambda *a: calls.append(1))
+    assert_close(embed(image, **given), expected.double())
+    assert calls == [1]
+
+
 def test_attention_options():
     """What the operator takes, the module passes on."""
     attn = nasty.randomize(fnn.Attention(64, 2, qkv_bias=True)).eval()
