@@ -213,11 +213,14 @@ def unfold(
     return out
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _channel_affine(
     mean: tuple[float, ...], std: tuple[float, ...], unit: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(x / unit - mean) / std as x * scale + shift: kept on the device, since a copy in each call would stall it."""
+    """(x / unit - mean) / std as x * scale + shift: kept on the device, since a copy in each call would stall it.
+
+    Kept for good, since a CUDA graph reads the address of its capture for as long as it lives.
+    """
     scale = [1.0 / (unit * s) for s in std]
     shift = [-m / s for m, s in zip(mean, std, strict=True)]
     return torch.tensor(scale, device=device), torch.tensor(shift, device=device)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
-from fastvit.kernels.patch_embed import patch_embed
+from fastvit.kernels.launch import record
+from fastvit.kernels.patch_embed import patch_embed, unfold
 from torch import Tensor
 
 from tests import nasty
@@ -111,6 +114,28 @@ def test_mean_or_std_alone(device: torch.device) -> None:
         as_tensors = {name: torch.tensor(values) for name, values in numbers.items()}
         for given in (numbers, as_tensors):
             assert_close(patch_embed(image.to(device), weight.to(device), **given).cpu(), truth)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda image, mean: patch_embed(image, torch.ones(8, 3, 4, 4, device=image.device), mean=mean),
+        lambda image, mean: unfold(image, 4, 4, mean, None, torch.float32),
+    ],
+    ids=["patch_embed", "unfold"],
+)
+def test_a_cuda_graph_may_read_a_normalisation_for_good(
+    device: torch.device, run: Callable[[Tensor, tuple[float, ...]], Tensor]
+) -> None:
+    def read(*mean: float) -> tuple[Tensor, Tensor]:
+        with record("sm90") as launches:
+            run(torch.zeros(1, 3, 4, 4, device=device), mean)
+        return launches[0].arguments["scale"], launches[0].arguments["shift"]
+
+    captured = read(*MEAN[:3])
+    for i in range(200):  # those of other models
+        read(i, i, i)
+    assert all(now is then for now, then in zip(read(*MEAN[:3]), captured, strict=True))
 
 
 @pytest.mark.parametrize("prefix_rows", [0, 5])
