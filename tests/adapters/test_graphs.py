@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import fastvit
-from fastvit.adapters import graphs
+from fastvit.adapters import capture, graphs
 from fastvit.adapters.compare import tensors
 from fastvit.ops import _backend
 from tests import nasty
@@ -141,13 +141,13 @@ def counts(model):
 
 
 def test_buckets_are_ordered_and_waste_little():
-    assert list(graphs.BUCKETS) == sorted(set(graphs.BUCKETS))
-    smallest = {n: min(b for b in graphs.BUCKETS if b >= n) for n in range(1, graphs.BUCKETS[-1] + 1)}
+    assert list(capture.BUCKETS) == sorted(set(capture.BUCKETS))
+    smallest = {n: min(b for b in capture.BUCKETS if b >= n) for n in range(1, capture.BUCKETS[-1] + 1)}
     assert max(b / n for n, b in smallest.items()) < 1.5
     image = torch.zeros(5, 3, 2, 2)
-    assert graphs.read_call((image,), {}, "cpu").bucket == 6
-    with pytest.raises(graphs.NotGraphed, match="a batch above 32"):
-        graphs.read_call((torch.zeros(33, 3, 2, 2),), {}, "cpu")
+    assert capture.read_call((image,), {}, "cpu").bucket == 6
+    with pytest.raises(capture.NotGraphed, match="a batch above 32"):
+        capture.read_call((torch.zeros(33, 3, 2, 2),), {}, "cpu")
 
 
 @pytest.mark.parametrize("name", ["timm vit", "timm siglip", "hf vit", "hf clip", "torchvision vit"])
@@ -903,7 +903,7 @@ def test_too_many_graphs_and_kinds(stand_in, vit, monkeypatch):
     assert "1 x 1 graphs are captured already" in told(model)
     monkeypatch.setattr(graphs, "_MOST_KINDS", 4)
     with fastvit.ops.use_backend("reference"):
-        for n in graphs.BUCKETS[:6]:
+        for n in capture.BUCKETS[:6]:
             run(model, x[:n])
     assert len(model.__dict__[graphs._KEY]._kinds) <= 4
     run(model, x[:1])
