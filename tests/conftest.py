@@ -6,6 +6,12 @@ import contextlib
 import os
 
 import pytest
+
+# Before torch starts its pool.  The tensors of tests are so small that threads would mostly spin for each other, above
+# all beside another process of tests.  Two go every way there is, and round alike on any machine.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 if not torch.cuda.is_available():

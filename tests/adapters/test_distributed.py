@@ -330,7 +330,7 @@ def process(rank, folder):
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=WORLD,
-        timeout=timedelta(seconds=60),  # where one process fails, the other must not wait for long
+        timeout=timedelta(seconds=180),  # where one process fails, the other must not wait for good
     )
     try:
         results = {**run_cases(rank), **{f.__name__: attempt(f, rank) for f in EXTRAS}}

@@ -13,6 +13,10 @@ from tests.csrc import call, plain
 from tests.tolerances import assert_close
 
 LAYOUTS = ("contiguous", "channels_last", "cropped", "flipped_axes")
+PIXELS = (torch.float32, torch.bfloat16, torch.uint8)
+PATCHES = ((16, 16), (14, 14), (8, 32), (4, 3))
+# Every pair of a layout, a dtype and a patch.
+IMAGES = [(layout, PIXELS[(i + j) % 3], patch) for i, layout in enumerate(LAYOUTS) for j, patch in enumerate(PATCHES)]
 
 
 def image(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
@@ -36,9 +40,7 @@ def by_torch(x: Tensor, w: Tensor, b: Tensor | None, pos: Tensor | None, prefix:
     return y if prefix is None else torch.cat([prefix.expand(x.shape[0], -1, -1), y], dim=1)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("pixels", [torch.float32, torch.bfloat16, torch.uint8])
-@pytest.mark.parametrize("patch", [(16, 16), (14, 14), (8, 32), (4, 3)])
+@pytest.mark.parametrize("layout, pixels, patch", IMAGES)
 def test_layouts(isa: str, dtype: torch.dtype, layout: str, pixels: torch.dtype, patch: tuple[int, int]) -> None:
     size = (2 * patch[0], 3 * patch[1])
     x = image((2, 3, *size), pixels, layout)

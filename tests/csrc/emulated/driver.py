@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import os
@@ -82,8 +83,10 @@ def build(
         rules.append(f"build {objects[-1]}: cxx {setup.escape(source)}\n  extra = {setup.quote(extra)}")
     target = folder / "driver"
     rules.append(f"build {setup.escape(target)}: link {' '.join(objects)}\ndefault {setup.escape(target)}\n")
-    (folder / "build.ninja").write_text("\n".join(rules))
-    done = subprocess.run([str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder)], capture_output=True, text=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of tests may want it, too
+        (folder / "build.ninja").write_text("\n".join(rules))
+        done = subprocess.run([str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return target
 
