@@ -31,7 +31,7 @@ def forget(block: nn.Module) -> None:
 def run_prepared(block: nn.Module, x: Any, tokens: int | None) -> Tensor | None:
     """The block's output, or its first so many tokens; None where the call must start from the module."""
     prepared = block.__dict__.get(_KEY)
-    if prepared is None or not _is_plain_inference(x):
+    if prepared is None or not _is_plain_inference(x) or x.ndim != 3:
         return None
     out = torch.empty_like(x) if tokens is None or tokens >= x.shape[1] else x.new_empty(len(x), tokens, x.shape[2])
     return out if prepared[0].run(block, out, x, torch.get_num_threads()) else None

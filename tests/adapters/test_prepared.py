@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import threading
@@ -272,6 +273,23 @@ def test_an_input_of_a_wrong_width_gets_torchs_error(vit):
             model.blocks[0](x)
     with pytest.raises(TypeError):
         model.blocks[0]("x")
+
+
+@pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 3, 5, 64)], ids=str)
+@pytest.mark.parametrize("tokens", [None, 1])
+def test_an_input_of_another_rank_gets_the_originals_error(vit, shape, tokens):
+    model, _ = vit
+    block, x = model.blocks[0], torch.randn(shape)
+
+    def error():
+        reading = contextlib.nullcontext() if tokens is None else swap.reading(block, tokens)
+        with torch.inference_mode(), reading, pytest.raises(Exception) as raised:
+            block(x)
+        return type(raised.value), str(raised.value)
+
+    mine = error()
+    fastvit.restore(model)
+    assert mine == error()
 
 
 def test_a_weight_without_memory_gets_torchs_error(vit):
