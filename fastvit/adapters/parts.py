@@ -11,9 +11,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fastvit import ops
 from fastvit.nn._spelling import activation_name, norm_arguments
+from fastvit.nn.attention import Projection, project_heads
 
-# A linear layer's tensors: weight (N, K), bias (N,) or None.
-Projection = tuple[Tensor, Tensor | None]
 # A probability, and the module in whose training mode it acts.
 Dropout = tuple[float, nn.Module]
 
@@ -124,19 +123,7 @@ def run_block(p: BlockParts, x: Tensor, tokens: int | None = None) -> Tensor:
 
 def heads(p: BlockParts, x: Tensor, norm1: dict[str, Any], tokens: int | None = None) -> Tensor:
     """What goes into proj, where q or k may be normalised (Dehghani et al. 2023) and the last tokens have no query."""
-    norm1 = {**norm1, "quantize": p.quantization.qkv}
-    projections = p.qkv
-    if tokens is not None and len(projections) == 1 and p.quantization.qkv is None:
-        weight, bias = projections[0]
-        inner = weight.shape[0] // 3
-        sizes = (inner, 2 * inner)
-        projections = tuple(zip(weight.split(sizes), (None, None) if bias is None else bias.split(sizes), strict=True))
-    # Of several projections the first is the queries'.
-    sources = (x,) if len(projections) == 1 else (x[:, :tokens], x, x)
-    projected = [ops.norm_linear(t, *projection, **norm1) for t, projection in zip(sources, projections, strict=False)]
-    q, *others = (t.unflatten(-1, (-1, p.num_heads, p.proj[0].shape[1] // p.num_heads)) for t in projected)
-    q, k, v = (t for each in (q, *others) for t in each.unbind(2))
-    q = q[:, :tokens]
+    q, k, v = project_heads(x, p.qkv, p.num_heads, tokens, **norm1, quantize=p.quantization.qkv)
     if p.q_norm is not None:
         q = p.q_norm(q)
     if p.k_norm is not None:

@@ -145,6 +145,17 @@ class FastViT(nn.Module):
             positions = interpolate_pos_embed(positions, self.patch_embed.grid_size, (height // p1, width // p2))
         return self.norm_pre(self.patch_embed(x, positions, prefix))
 
+    def _encode(self, x: Tensor, tokens: int | None) -> Tensor:
+        """What comes out of the blocks, of which the first `tokens` tokens will be read."""
+        if tokens is None or self.training or torch.is_grad_enabled() or [*map(type, self.blocks)][-1:] != [Block]:
+            return self.blocks(x)
+        *before, last = self.blocks
+        if type(self.blocks) is not nn.Sequential or listener_obstacle((self.blocks, last)) is not None:
+            return self.blocks(x)  # somebody else may look at the other tokens
+        for block in before:
+            x = block(x)
+        return last(x, tokens=tokens)
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Images in `layout`, float or uint8 -> (B, R + N, D), after the final norm (before it if fc_norm)."""
         return self.norm(self.blocks(self.embed(x)))
@@ -168,7 +179,7 @@ class FastViT(nn.Module):
         known = tuple(map(type, tail)) in ((*norms, nn.Linear), (*norms, nn.Identity))
         if self.global_pool not in ("token", "avg") or not known or listener_obstacle(tail) is not None:
             return self.forward_head(self.forward_features(x))
-        x = self.blocks(self.embed(x))
+        x = self._encode(self.embed(x), 1 if self.global_pool == "token" else None)
         norm: Any = self.fc_norm if after else self.norm
         head: Any = None if type(self.head) is nn.Identity else self.head
         mode = "token" if self.global_pool == "token" else "avg" if after else "norm_avg"

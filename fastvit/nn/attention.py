@@ -13,6 +13,37 @@ from fastvit.nn._listeners import can_bypass, kinds_inside, own_listener
 from fastvit.nn._spelling import make_norm, norm_arguments
 from fastvit.nn.mlp import MLP, add_branch
 
+# A linear layer's tensors: weight (N, K), bias (N,) or None.
+Projection = tuple[Tensor, Tensor | None]
+
+
+def project_heads(
+    x: Tensor,
+    projections: tuple[Projection, ...],
+    num_heads: int,
+    tokens: int | None = None,
+    *,
+    quantize: str | None = None,
+    **norm: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q of the first `tokens` tokens (None: of all), k and v of all: each (B, N, num_heads, head_dim).
+
+    projections: one packed [q; k; v], or three.  quantize, norm: as in `ops.norm_linear`.
+    """
+    inner = sum(weight.shape[0] for weight, _ in projections) // 3
+    if tokens is not None and len(projections) == 1 and quantize is None:
+        weight, bias = projections[0]
+        sizes = (inner, 2 * inner)
+        projections = tuple(zip(weight.split(sizes), (None, None) if bias is None else bias.split(sizes), strict=True))
+    # Of several projections the first is the queries'.
+    sources = (x,) if len(projections) == 1 else (x[:, :tokens], x, x)
+    projected = [
+        ops.norm_linear(t, *projection, **norm, quantize=quantize)
+        for t, projection in zip(sources, projections, strict=False)
+    ]
+    q, k, v = (t for each in projected for t in each.unflatten(-1, (-1, num_heads, inner // num_heads)).unbind(2))
+    return q[:, :tokens], k, v
+
 
 class Attention(nn.Module):
     """Multi-head self-attention on a packed qkv projection.  Keys as timm's: `qkv`, `q_norm`, `k_norm`, `proj`.
@@ -60,7 +91,8 @@ class Attention(nn.Module):
         options: of `fastvit.ops.attention`: key_mask, rope, bias_table, grid, window, shift and the like.
         """
         if not can_bypass(self, self._kinds):
-            return self.proj_drop(self.proj(self._heads(self.qkv(x), attn_mask, **options)))
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+            return self.proj_drop(self.proj(self._heads(q, k, v, attn_mask, **options)))
         x = self.attend(x, nn.Identity(), attn_mask, **options)
         return self.proj_drop(ops.norm_linear(x, self.proj.weight, self.proj.bias, norm="none"))
 
@@ -71,12 +103,16 @@ class Attention(nn.Module):
         layer_scale: Tensor | None = None,
         drop_path: Tensor | None = None,
         attn_mask: Tensor | None = None,
+        tokens: int | None = None,
     ) -> Tensor:
-        """residual + drop_path * layer_scale * self(norm(residual)): one operator where it says all of it."""
+        """residual + drop_path * layer_scale * self(norm(residual)): one operator where it says all of it.
+
+        tokens: only the first so many, (B, tokens, dim).
+        """
         arguments = norm_arguments(norm, residual.dtype)
         dropping = any(drop.training and drop.p > 0.0 for drop in (self.attn_drop, self.proj_drop))
         normed = not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity))
-        if arguments is not None and not normed and not dropping:
+        if arguments is not None and not normed and not dropping and tokens is None:
             return ops.self_attention(
                 residual,
                 self.qkv.weight,
@@ -90,19 +126,20 @@ class Attention(nn.Module):
                 drop_path=drop_path,
                 **arguments,
             )
-        x = self.attend(residual, norm, attn_mask)
-        return add_branch(x, self.proj, self.proj_drop, residual, layer_scale, drop_path)
+        x = self.attend(residual, norm, attn_mask, tokens)
+        return add_branch(x, self.proj, self.proj_drop, residual[:, :tokens], layer_scale, drop_path)
 
-    def attend(self, x: Tensor, norm: nn.Module, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
-        """norm(x) -> qkv -> heads, all but the output projection: (B, N, dim)."""
+    def attend(
+        self, x: Tensor, norm: nn.Module, attn_mask: Tensor | None = None, tokens: int | None = None, **options: Any
+    ) -> Tensor:
+        """norm(x) -> qkv -> heads, all but the output projection: (B, N, dim), or the first `tokens` of N."""
         arguments = norm_arguments(norm, x.dtype)
         if arguments is None:
             x, arguments = norm(x), {"norm": "none"}
-        qkv = ops.norm_linear(x, self.qkv.weight, self.qkv.bias, **arguments)
-        return self._heads(qkv, attn_mask, **options)
+        q, k, v = project_heads(x, ((self.qkv.weight, self.qkv.bias),), self.num_heads, tokens, **arguments)
+        return self._heads(q, k, v, None if attn_mask is None else attn_mask[..., :tokens, :], **options)
 
-    def _heads(self, qkv: Tensor, attn_mask: Tensor | None, **options: Any) -> Tensor:
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, **options: Any) -> Tensor:
         q, k = self.q_norm(q), self.k_norm(k)
         if type(self.attn_drop) is not nn.Dropout or own_listener(self.attn_drop) is not None:
             if options:

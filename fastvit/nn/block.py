@@ -62,12 +62,16 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self._kinds = kinds_inside(self)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """x (B, N, dim) -> (B, N, dim); attn_mask: additive, broadcastable to (B, num_heads, N, N)."""
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, tokens: int | None = None) -> Tensor:
+        """x (B, N, dim) -> (B, N, dim).
+
+        attn_mask: additive, broadcastable to (B, num_heads, N, N).
+        tokens: compute only the first so many, (B, tokens, dim); all remain keys and values.
+        """
         if not can_bypass(self, self._kinds):
             x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask)))
-            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+            return (x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))[:, :tokens]
         branch = branch_arguments(x, self.ls1, self.drop_path1)
-        x = self.attn.add_to(x, self.norm1, **branch, attn_mask=attn_mask)
+        x = self.attn.add_to(x, self.norm1, **branch, attn_mask=attn_mask, tokens=tokens)
         branch = branch_arguments(x, self.ls2, self.drop_path2)
         return self.mlp.add_to(x, self.norm2, **branch)

@@ -81,6 +81,52 @@ def test_a_hook_on_any_module_fires(options, optimized):
         assert torch.equal(model(x), expected)
 
 
+def _listen(model):
+    model.blocks[-1].register_forward_hook(lambda module, args, out: None)
+
+
+def _listen_to_the_blocks(model):
+    model.blocks.register_forward_hook(lambda module, args, out: None)
+
+
+def _subclass(model):
+    model.blocks[-1].__class__ = type("Own", (fastvit.nn.Block,), {})
+
+
+ALL, READ = [17, 17], [17, 1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "change", "grad"),
+    [
+        (READ, {}, lambda model: None, False),
+        (READ, {"reg_tokens": 4, "no_embed_class": True, "qk_norm": True}, lambda model: None, False),
+        (ALL, {}, lambda model: None, True),
+        (ALL, {}, lambda model: model.train(), False),
+        (ALL, {}, _listen, False),
+        (ALL, {}, _listen_to_the_blocks, False),
+        (ALL, {}, _subclass, False),
+        (ALL, {"global_pool": "avg"}, lambda model: None, False),
+        ([], {"depth": 0}, lambda model: None, False),
+    ],
+)
+def test_the_last_block_computes_what_the_head_reads(monkeypatch, tokens, options, change, grad):
+    model = nasty.randomize(fastvit.FastViT(**{**TINY, "patch_size": 8, **options})).eval()
+    change(model)
+    x, computed, forward = torch.randn(2, 3, 32, 32), [], fastvit.nn.Block.forward
+
+    def counted(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        computed.append(out.shape[1] - options.get("reg_tokens", 0) * (out.shape[1] > 1))
+        return out
+
+    expected = model.forward_head(model.forward_features(x))
+    monkeypatch.setattr(fastvit.nn.Block, "forward", counted)
+    with torch.set_grad_enabled(grad):
+        assert_close(model(x), expected.double())
+    assert computed == tokens
+
+
 @pytest.mark.parametrize("options", HEADS, ids=str)
 def test_a_new_head_and_a_new_norm_are_called(options):
     model = nasty.randomize(fastvit.FastViT(**{**TINY, "patch_size": 8, **options})).eval()

@@ -76,6 +76,19 @@ def test_block_gradients():
             assert_close(p.grad, e)
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_first_tokens_alone(options, hooked):
+    block = nasty.randomize(fnn.Block(64, 2, **options)).eval()
+    x = nasty.tokens(2, 50, 64).float()
+    mask = torch.zeros(2, 1, 50, 50)
+    mask[0, :, :, 30:] = mask[:, :, 1, :20] = float("-inf")
+    if hooked:
+        block.attn.register_forward_hook(lambda module, args, out: None)
+    for given in (None, mask, mask[:, :, :1]):
+        assert_close(block(x, given, tokens=3), block(x, given)[:, :3].double())
+
+
 REGISTER = {
     "forward": "register_forward_hook",
     "pre": "register_forward_pre_hook",
