@@ -59,13 +59,13 @@ struct Bias {
   }
 };
 
-// head_dim as panels of nearly equal width: 80 becomes 48 + 32, not 64 + 16, because a narrow panel
-// has too few accumulators to hide the latency of a multiply-add.
-struct HeadPanels {
-  int64_t head_dim, vectors, count;
+// Columns, keys or head_dim, as panels of nearly equal width: 80 becomes 48 + 32, not 64 + 16,
+// because a narrow panel has too few accumulators to hide the latency of a multiply-add.
+struct Panels {
+  int64_t vectors, count;
 
-  explicit HeadPanels(int64_t d)
-      : head_dim(d), vectors(ceil_div(d, kLanes)), count(ceil_div(vectors, kVectors)) {}
+  explicit Panels(int64_t columns)
+      : vectors(ceil_div(columns, kLanes)), count(ceil_div(vectors, kVectors)) {}
 
   int64_t first(int64_t panel) const { return panel * vectors / count; }
   int64_t width(int64_t panel) const { return first(panel + 1) - first(panel); }
@@ -76,7 +76,7 @@ struct Worker {
   using Element = typename P::Element;
 
   Element* q;      // (block, ldq), where q has another dtype
-  Element* k;      // panels of (head_dim / pair, kPanel)
+  Element* k;      // panels of (head_dim / pair, panel width)
   Element* v;      // panels of (chunk / pair, panel width)
   Element* p;      // (kRows, ldp), bf16 only: f32 probabilities overwrite the scores
   float* scores;   // (kRows, lds)
@@ -225,8 +225,9 @@ class Attention {
   // K and V of a chunk, kLanes keys of both at a time: each token's row lies in a page of its own,
   // which holds its v as well.
   void pack(const Worker<P>& w, int64_t sample, int64_t head, int64_t k0, int64_t keys) const {
-    for (int64_t key = 0; key < keys; key += kPanel) {
-      const int64_t vectors = min(ceil_div(keys - key, kLanes), kVectors);
+    const Panels panels(keys);
+    for (int64_t i = 0; i < panels.count; ++i) {
+      const int64_t key = panels.first(i) * kLanes, vectors = panels.width(i);
       Element* panel = w.k + key * ceil_div(head_dim_, P::kPair) * P::kPair;
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t first = key + v * kLanes, left = keys - first;
@@ -268,10 +269,11 @@ class Attention {
 
   void score(const Worker<P>& w, const Element* q, int64_t ld, int64_t rows, int64_t keys) const {
     const int64_t steps = ceil_div(head_dim_, P::kPair);
-    for (int64_t key = 0; key < keys; key += kPanel) {
-      const int64_t vectors = min(ceil_div(keys - key, kLanes), kVectors);
-      MicroKernels<P, NoPrefetch>::get(rows, vectors)(steps, q, ld, w.k + key * steps * P::kPair,
-                                                      w.scores + key, lds_, false, {}, {});
+    const Panels panels(keys);
+    for (int64_t i = 0; i < panels.count; ++i) {
+      const int64_t key = panels.first(i) * kLanes;
+      MicroKernels<P, NoPrefetch>::get(rows, panels.width(i))(
+          steps, q, ld, w.k + key * steps * P::kPair, w.scores + key, lds_, false, {}, {});
     }
   }
 
@@ -402,7 +404,7 @@ class Attention {
 
   const AttentionArgs& args_;
   const int64_t batch_, queries_, heads_, head_dim_, keys_;
-  const HeadPanels panels_;
+  const Panels panels_;
   const bool in_place_;  // is q read where it lies?
   const float scale_;    // of scores without bias, in powers of two
   int64_t chunk_ = 0, block_ = 0;

@@ -286,7 +286,8 @@ def amx_listing(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("product, mac", [("ProductBF16", "tdpbf16ps"), ("ProductI8", "tdpbssd")])
 def test_the_tile_kernel_loads_one_tile_per_product(amx_listing: str, product: str, mac: str) -> None:
-    (kernel,) = [f for f in amx_listing.split("\n\n") if re.match(rf"[0-9a-f]+ <.*tile_kernel<.*{product}, .*Prefetch, 2, 4>", f)]
+    name = rf"[0-9a-f]+ <.*tile_kernel<.*{product}, .*Prefetch, 2, 4>"
+    (kernel,) = [f for f in amx_listing.split("\n\n") if re.match(name, f)]
     # A block of 16 steps takes 2 x 2 tiles; they are loaded before the loop and stored behind it.
     macs = [match.start() for match in re.finditer(mac, kernel)]
     assert len(macs) == 2 * 4, "two halves of a panel"
