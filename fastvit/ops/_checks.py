@@ -35,6 +35,13 @@ def vector(name: str, t: Tensor | None, size: int) -> None:
         raise ValueError(f"{name}: shape {tuple(t.shape)} does not fit; accepted: ({size},)")
 
 
+def drop_path(t: Tensor | None, residual: Tensor) -> None:
+    """An optional factor for each sample of `residual` (B, ..., N)."""
+    if t is not None and residual.ndim < 2:
+        raise ValueError(f"drop_path: given for a shape of {tuple(residual.shape)}; accepted with it: (B, ..., N)")
+    vector("drop_path", t, residual.shape[0])
+
+
 def same_device(**tensors: Tensor | None) -> None:
     given = [(name, t) for name, t in tensors.items() if t is not None]
     first_name, first = given[0]

@@ -32,7 +32,7 @@ def linear_residual(
         bias: (N,).
         residual: (..., N), of any float dtype: the residual stream may be wider than the products.
         layer_scale: (N,), LayerScale's gamma (Touvron et al. 2021).
-        drop_path: (B,) with B = residual.shape[0], each sample's factor: 0 drops the branch, 1 / keep keeps it
+        drop_path: (B,) for a residual (B, ..., N), each sample's factor: 0 drops the branch, 1 / keep keeps it
             (stochastic depth, Huang et al. 2016).
         quantize: as in `norm_linear`.
 
@@ -78,7 +78,7 @@ def _output(
         raise ValueError(f"residual: shape {tuple(residual.shape)} does not fit; accepted: {(*x.shape[:-1], features)}")
     _checks.vector("bias", bias, features)
     _checks.vector("layer_scale", layer_scale, features)
-    _checks.vector("drop_path", drop_path, residual.shape[0])
+    _checks.drop_path(drop_path, residual)
     _checks.quantize(quantize)
     if dtype is None:
         _checks.same_dtype("weight", weight, x.dtype, "x")

@@ -136,7 +136,7 @@ def _output(*arguments: Any) -> Tensor:
     _checks.vector("fc2_bias", a.fc2_bias, features)
     _checks.norm(a.norm, a.norm_weight, a.norm_bias, features)
     _checks.vector("layer_scale", a.layer_scale, features)
-    _checks.vector("drop_path", a.drop_path, a.x.shape[0])
+    _checks.drop_path(a.drop_path, a.x)
     _checks.quantize(a.quantize_fc1)
     _checks.quantize(a.quantize_fc2)
     operands = {**weights, "fc1_bias": a.fc1_bias, "fc2_bias": a.fc2_bias}

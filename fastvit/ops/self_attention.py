@@ -184,7 +184,7 @@ def _output(*arguments: Any) -> Tensor:
     _checks.vector("proj_bias", a.proj_bias, features)
     _checks.norm(a.norm, a.norm_weight, a.norm_bias, features)
     _checks.vector("layer_scale", a.layer_scale, features)
-    _checks.vector("drop_path", a.drop_path, batch)
+    _checks.drop_path(a.drop_path, x)
     _checks.quantize(a.quantize_qkv)
     _checks.quantize(a.quantize_proj)
     _checks.attention_bias(a.bias, (batch, a.num_heads, tokens, tokens))

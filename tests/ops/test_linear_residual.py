@@ -115,6 +115,7 @@ def test_gradients():
         ({"residual": torch.zeros(2, 3, 5)}, ValueError, "residual: shape"),
         ({"layer_scale": torch.zeros(5)}, ValueError, "layer_scale: shape"),
         ({"drop_path": torch.zeros(3)}, ValueError, "drop_path: shape"),
+        ({"x": torch.zeros(8), "residual": torch.zeros(4), "drop_path": torch.ones(4)}, ValueError, "drop_path: given"),
         ({"bias": torch.zeros(3)}, ValueError, "bias: shape"),
         ({"x": torch.zeros(2, 3, 7)}, ValueError, "x: shape"),
         ({"weight": torch.zeros(4, 8).double()}, TypeError, "weight: dtype"),

@@ -135,6 +135,7 @@ def test_autocast_keeps_the_residual_wide():
         ({"activation": "tanh"}, ValueError, "activation: 'tanh'"),
         ({"layer_scale": torch.zeros(3)}, ValueError, "layer_scale: shape"),
         ({"drop_path": torch.zeros(3)}, ValueError, "drop_path: shape"),
+        ({"x": torch.zeros(8), "drop_path": torch.ones(8)}, ValueError, "drop_path: given"),
         ({"fc2_weight": torch.zeros(8, 6, device="meta")}, ValueError, "fc2_weight: on meta"),
     ],
 )
