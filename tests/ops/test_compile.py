@@ -102,6 +102,19 @@ def test_opcheck(name, training):
     torch.library.opcheck(getattr(torch.ops.fastvit, name).default, args)
 
 
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the kernels, and the reference behind them
+def test_fake_strides_of_transposed_inputs(name, dtype):
+    def transposed(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        value = value.to(dtype)
+        return value if value.ndim < 2 else nasty.strided(value, "transposed")
+
+    args = tuple(map(transposed, SAMPLES[name]()))
+    torch.library.opcheck(getattr(torch.ops.fastvit, name).default, args, test_utils="test_faketensor")
+
+
 def make_block() -> Block:
     block = Block(64, 2, qkv_bias=True, init_values=0.1)
     return nasty.randomize(block)

@@ -53,6 +53,15 @@ def test_only_token_zero_counts():
     assert torch.isfinite(ops.pool(x.float(), **low)).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_result_is_no_view_of_the_tokens(backend):
+    x = torch.randn(1, 1, 8)
+    with ops.use_backend(backend):
+        pooled = ops.pool(x, norm="none")
+    assert torch.equal(pooled, x[:, 0])
+    assert pooled.data_ptr() != x.data_ptr()
+
+
 @pytest.mark.parametrize("kind", ["sliced", "transposed"])
 def test_strides(kind):
     x, kwargs = arguments()
