@@ -145,7 +145,8 @@ def attention(
         sequence = torch.searchsorted(cu_seqlens[1:], torch.arange(nq, device=q.device), right=True)
         logits = logits.masked_fill(sequence.unsqueeze(-1) != sequence, float("-inf"))
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    highest = wide.detach().amax(-1, keepdim=True)
+    # A row without keys has no largest logit.
+    highest = wide.detach().amax(-1, keepdim=True) if nk > 0 else wide.new_zeros(())
     weights = (wide - torch.where(highest.isinf(), 0.0, highest)).exp()
     total = weights.sum(-1, keepdim=True)
     # A row whose keys are all masked sums to zero: its output is zero, not 0 / 0.

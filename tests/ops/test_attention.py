@@ -85,9 +85,14 @@ def test_last_dimension_with_a_stride():
     check("attention", *arguments(1, 9, 2, 32), dtype=torch.float32, layout=lambda t: nasty.strided(t, "transposed"))
 
 
-def test_empty():
-    q = torch.empty(0, 5, 2, 8)
-    assert ops.attention(q, q, q).shape == (0, 5, 16)
+@pytest.mark.parametrize("shape", [(0, 5, 2, 8), (3, 0, 2, 8), (0, 2, 8)])
+def test_empty(shape):
+    q = torch.empty(shape, requires_grad=True)
+    options = {"cu_seqlens": torch.zeros(3, dtype=torch.int32)} if len(shape) == 3 else {}
+    out = ops.attention(q, q, q, **options)
+    assert out.shape == (*shape[:-2], 16)
+    out.sum().backward()
+    assert q.grad.shape == shape
 
 
 @settings(deadline=None, max_examples=30)

@@ -126,8 +126,11 @@ def test_strides(kind):
 
 @pytest.mark.parametrize("shape", [(0, 5, 16), (3, 0, 16)])
 def test_empty(shape):
-    x = torch.empty(shape)
-    assert ops.self_attention(x, torch.zeros(48, 16), None, torch.zeros(16, 16), None, num_heads=2).shape == shape
+    x, proj = torch.empty(shape), torch.zeros(16, 16, requires_grad=True)
+    out = ops.self_attention(x, torch.zeros(48, 16), None, proj, None, num_heads=2)
+    assert out.shape == shape
+    out.sum().backward()
+    assert torch.equal(proj.grad, torch.zeros(16, 16))
 
 
 @settings(deadline=None, max_examples=30)
