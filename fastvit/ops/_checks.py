@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "swigl
 NORMS = ("none", "layer", "rms")
 POOL_MODES = ("token", "avg", "norm_avg")
 QUANTIZE = ("int8",)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
@@ -16,9 +19,27 @@ def one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: {value!r} is not known; accepted: {', '.join(accepted)}")
 
 
+def tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor) or value.is_nested:
+        raise TypeError(f"{name}: {type(value).__name__} is not accepted; give a dense torch.Tensor")
+
+
+def pair(name: str, value: Any, of: str) -> tuple[Any, Any]:
+    """An optional pair, as two values."""
+    if value is None:
+        return None, None
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        given = f"{len(value)} values" if isinstance(value, (tuple, list)) else type(value).__name__
+        raise TypeError(f"{name}: {given}; accepted: a pair, {of}")
+    return value[0], value[1]
+
+
 def floating(name: str, t: Tensor) -> None:
-    if not t.is_floating_point():
-        raise TypeError(f"{name}: dtype {t.dtype} is not accepted; give a floating-point tensor")
+    tensor(name, t)  # the dispatcher lets None pass for a tensor
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{name}: dtype {t.dtype} is not accepted; give {', '.join(map(str, FLOATS))}")
+    if t.layout is not torch.strided:
+        raise TypeError(f"{name}: layout {t.layout} is not accepted; give a dense tensor")
 
 
 def ndim(name: str, t: Tensor, accepted: int, layout: str) -> None:
@@ -56,14 +77,19 @@ def same_dtype(name: str, t: Tensor | None, expected: torch.dtype, of: str) -> N
         raise TypeError(f"{name}: dtype {t.dtype}, but {of} is {expected}; convert one, or use torch.autocast")
 
 
-def norm(kind: str, weight: Tensor | None, bias: Tensor | None, size: int) -> None:
-    one_of("norm", kind, NORMS)
+def norm(
+    kind: str, weight: Tensor | None, bias: Tensor | None, size: int, name: str = "norm", tensors: str = "norm"
+) -> None:
+    """A norm's kind and tensors, which are the arguments `name`, `{tensors}_weight` and `{tensors}_bias`."""
+    one_of(name, kind, NORMS)
     if kind == "none" and (weight is not None or bias is not None):
-        raise ValueError("norm: 'none' takes no norm_weight or norm_bias; accepted norms with them: layer, rms")
+        raise ValueError(
+            f"{name}: 'none' takes no {tensors}_weight or {tensors}_bias; accepted norms with them: layer, rms"
+        )
     if kind == "rms" and bias is not None:
-        raise ValueError("norm_bias: RMSNorm has no bias; accepted: None")
-    vector("norm_weight", weight, size)
-    vector("norm_bias", bias, size)
+        raise ValueError(f"{tensors}_bias: RMSNorm has no bias; accepted: None")
+    vector(f"{tensors}_weight", weight, size)
+    vector(f"{tensors}_bias", bias, size)
 
 
 def attention_bias(bias: Tensor | None, full: tuple[int, int, int, int]) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -80,14 +81,29 @@ def register(
     torch.library.register_autograd(f"fastvit::{name}", backward_from_saved, setup_context=setup_context, lib=_LIBRARY)
 
     def call(*arguments: Any) -> Any:
+        compiling = torch.compiler.is_compiling()
         if not is_transformed():
-            return op(*arguments)
-        if not torch.compiler.is_compiling():  # which can't trace the choice of a backend
+            return op(*arguments) if compiling else _call(op, arguments)
+        if not compiling:  # which can't trace the choice of a backend
             fake(*arguments)  # for its checks
         result = reference(*arguments)
         return (result,) if several else result
 
     return call
+
+
+# How the dispatcher says that an argument is not what the schema asks for.
+_WRONG_TYPE = re.compile(r"fastvit::\w+\(\) Expected a value of type '(.+?)' for argument '(\w+)' but .+ type '(\w+)'")
+
+
+def _call(op: Any, arguments: tuple[Any, ...]) -> Any:
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        if (wrong := _WRONG_TYPE.match(str(error))) is None:
+            raise
+        accepted, name, given = wrong.groups()
+        raise TypeError(f"{name}: {given} is not accepted; give {accepted}") from None
 
 
 def is_transformed() -> bool:

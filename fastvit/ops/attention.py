@@ -66,7 +66,7 @@ def attention(
             column of the key, Nk = Kh * Kw (decomposed relative positions, Li et al. 2022, SAM).
         bias_table: (entries, num_heads), float, added to the scaled logits by relative position (Swin, BEiT): by
             `bias_index`, or by `reference.relative_index` of `window`, else `grid`, and at most one class token.
-        bias_index: int (Nq, Nk), entries of `bias_table`.
+        bias_index: int32 or int64 (Nq, Nk), entries of `bias_table`.
         grid: rows and columns of patches.
         window: rows and columns of windows that patches attend within (Liu et al. 2021); no prefix tokens.
         shift: roll the image by so much, up and left, before it is cut into windows; parts that were not neighbours do
@@ -88,15 +88,17 @@ def attention(
             bias_table=bias_table, bias_index=bias_index, grid=grid, window=window, shift=shift, dropout_p=dropout_p,
             dropout_seed=dropout_seed,
         )  # fmt: skip
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        _checks.tensor(name, t)
     packed = cu_seqlens is not None and q.ndim == 3
     if packed:
         q, k, v = (t.unsqueeze(0) for t in (q, k, v))
     if scale is None:
-        scale = q.shape[-1] ** -0.5
+        scale = q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 1.0
     if dropout_p > 0.0 and dropout_seed is None:
         dropout_seed = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
-    cos, sin = rope if rope is not None else (None, None)
-    rel_pos_h, rel_pos_w = rel_pos if rel_pos is not None else (None, None)
+    cos, sin = _checks.pair("rope", rope, "cos and sin, each (P, head_dim)")
+    rel_pos_h, rel_pos_w = _checks.pair("rel_pos", rel_pos, "(B, num_heads, Nq, Kh) and (B, num_heads, Nq, Kw)")
     learned = (q, k, v, bias, q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias, rel_pos_h, rel_pos_w, bias_table)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)
     out = _op(
@@ -121,6 +123,7 @@ def attention_qkvpacked(qkv: Tensor, num_heads: int, **options: Any) -> Tensor:
     """
     if has_torch_function((qkv,)):
         return handle_torch_function(attention_qkvpacked, (qkv,), qkv, num_heads, **options)
+    _checks.tensor("qkv", qkv)
     ranks = (3,) if options.get("cu_seqlens") is None else (2, 3)
     if qkv.ndim not in ranks or num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(
@@ -199,6 +202,12 @@ def _check(a: _Arguments) -> None:
         raise ValueError(f"v: shape {tuple(v.shape)} does not fit; accepted: k's, {tuple(k.shape)}")
     if nk == 0 and nq > 0:
         raise ValueError(f"k: shape {tuple(k.shape)} has no keys; accepted: Nk >= 1")
+    for name, two in (("rope", (a.rope_cos, a.rope_sin)), ("rel_pos", (a.rel_pos_h, a.rel_pos_w))):
+        if (two[0] is None) != (two[1] is None):
+            raise TypeError(f"{name}: None for one of the pair; accepted: two tensors")
+    for name, sides in (("grid", a.grid), ("window", a.window), ("shift", a.shift)):
+        if sides is not None and len(sides) != 2:
+            raise ValueError(f"{name}: {tuple(sides)}; accepted: (rows, columns)")
     _check_combinations(a)
     if a.window is not None or a.shift[0] or a.shift[1]:
         _check_window(a)
@@ -216,9 +225,8 @@ def _check(a: _Arguments) -> None:
             raise ValueError(f"cu_seqlens: q {tuple(q.shape)}, k {tuple(k.shape)}; accepted: both (1, T, H, D)")
     if a.rope_cos is not None and a.rope_sin is not None:
         _check_rope(a, a.rope_cos, a.rope_sin)
-    _checks.one_of("qk_norm", a.qk_norm, _checks.NORMS)
-    _checks.norm(a.qk_norm, a.q_norm_weight, a.q_norm_bias, head_dim)
-    _checks.norm(a.qk_norm, a.k_norm_weight, a.k_norm_bias, head_dim)
+    _checks.norm(a.qk_norm, a.q_norm_weight, a.q_norm_bias, head_dim, "qk_norm", "q_norm")
+    _checks.norm(a.qk_norm, a.k_norm_weight, a.k_norm_bias, head_dim, "qk_norm", "k_norm")
     if a.rel_pos_h is not None and a.rel_pos_w is not None:
         for name, t in (("rel_pos[0]", a.rel_pos_h), ("rel_pos[1]", a.rel_pos_w)):
             _checks.floating(name, t)
@@ -295,8 +303,8 @@ def _check_table(a: _Arguments) -> None:
     if a.bias_table.ndim != 2 or a.bias_table.shape[1] != heads:
         raise ValueError(f"bias_table: shape {tuple(a.bias_table.shape)} does not fit; accepted: (entries, {heads})")
     if a.bias_index is not None:
-        if a.bias_index.is_floating_point():
-            raise TypeError(f"bias_index: dtype {a.bias_index.dtype} is not accepted; give an integer tensor")
+        if a.bias_index.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"bias_index: dtype {a.bias_index.dtype} is not accepted; give int32 or int64")
         _shape("bias_index", a.bias_index, (nq, nk))
         return
     sides = a.window or a.grid
@@ -341,9 +349,23 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _outputs(_Arguments(*arguments))[:2]
 
 
+def _check_values(a: _Arguments) -> None:
+    """What only the values tell, where reading them stops no GPU: kernels use them as addresses."""
+    if a.cu_seqlens is not None and a.cu_seqlens.device.type == "cpu":
+        bounds, tokens = a.cu_seqlens.tolist(), a.q.shape[1]
+        if bounds[0] != 0 or bounds[-1] != tokens or sorted(bounds) != bounds:
+            raise ValueError(f"cu_seqlens: {bounds}; accepted: from 0 to {tokens}, never falling")
+    if a.bias_table is not None and a.bias_index is not None and a.bias_index.device.type == "cpu":
+        entries = a.bias_table.shape[0]
+        if a.bias_index.numel() and not 0 <= a.bias_index.min() <= a.bias_index.max() < entries:
+            low, high = int(a.bias_index.min()), int(a.bias_index.max())
+            raise ValueError(f"bias_index: values from {low} to {high}; accepted: 0 to {entries - 1}")
+
+
 def _kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
     a = _Arguments(*arguments)
     out, lse, backend = _outputs(a)
+    _check_values(a)
     if out.numel() == 0:
         return out, lse
     if backend == "cpp":

@@ -54,6 +54,7 @@ def linear_residual(
             drop_path=drop_path,
             quantize=quantize,
         )
+    _checks.tensor("x", x)
     return _op(x, weight, bias, residual, layer_scale, drop_path, autocast_dtype(x), quantize)
 
 

@@ -70,6 +70,7 @@ def mlp(
             drop_path=drop_path,
             quantize=quantize,
         )
+    _checks.tensor("x", x)
     dtype, pair = autocast_dtype(x), _checks.quantize_pair(quantize, "(fc1, fc2)")
     arguments = (
         x,

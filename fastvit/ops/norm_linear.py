@@ -62,6 +62,7 @@ def norm_linear(
             activation=activation,
             quantize=quantize,
         )
+    _checks.tensor("x", x)
     return _op(x, weight, bias, norm_weight, norm_bias, norm, eps, activation, autocast_dtype(x), quantize)
 
 

@@ -61,21 +61,27 @@ def patch_embed(
             std=std,
             layout=layout,
         )
+    _checks.tensor("image", image)
+    _checks.tensor("weight", weight)
     return _op(
         image,
         weight,
         bias,
         pos_embed.squeeze(0) if pos_embed is not None and pos_embed.ndim == 3 else pos_embed,
         prefix.squeeze(0) if prefix is not None and prefix.ndim == 3 else prefix,
-        _numbers(mean),
-        _numbers(std),
+        _numbers("mean", mean),
+        _numbers("std", std),
         autocast_dtype(weight),
         layout,
     )
 
 
-def _numbers(values: Sequence[float] | Tensor | None) -> list[float] | None:
-    return None if values is None else [float(v) for v in values]
+def _numbers(name: str, values: Sequence[float] | Tensor | None) -> list[float] | None:
+    if values is None:
+        return None
+    if isinstance(values, (str, float, int)) or (isinstance(values, Tensor) and values.ndim == 0):
+        raise TypeError(f"{name}: {values!r} is not accepted; give a number for each channel")
+    return [float(v) for v in values]
 
 
 def _channels_first(image: Tensor, layout: str) -> Tensor:
@@ -94,8 +100,9 @@ def _output(
     layout: str,
 ) -> Tensor:
     """Check everything and return the empty result: also the operator's fake version."""
-    if image.dtype != torch.uint8 and not image.is_floating_point():
-        raise TypeError(f"image: dtype {image.dtype} is not accepted; give a floating-point or uint8 tensor")
+    if image.dtype != torch.uint8 and image.dtype not in _checks.FLOATS:
+        accepted = ", ".join(map(str, (*_checks.FLOATS, torch.uint8)))
+        raise TypeError(f"image: dtype {image.dtype} is not accepted; give {accepted}")
     _checks.floating("weight", weight)
     _checks.one_of("layout", layout, LAYOUTS)
     _checks.ndim("image", image, 4, "(B, C, H, W)" if layout == "NCHW" else "(B, H, W, C)")
@@ -109,6 +116,8 @@ def _output(
             f"image: {channels} channels in {tuple(image.shape)} with layout {layout!r}, but weight has "
             f"{weight_channels}; accepted: {weight_channels}{hint}"
         )
+    if patch_h < 1 or patch_w < 1:
+        raise ValueError(f"weight: shape {tuple(weight.shape)} has patches without pixels; accepted: P1, P2 >= 1")
     if height % patch_h or width % patch_w:
         raise ValueError(f"image: {height} x {width} is no multiple of the patch; accepted: {patch_h}i x {patch_w}j")
     patches = (height // patch_h) * (width // patch_w)

@@ -57,6 +57,7 @@ def pool(
             weight=weight,
             bias=bias,
         )
+    _checks.tensor("x", x)
     # Without a head nothing is multiplied, so autocast has nothing to lower.
     dtype = None if weight is None else autocast_dtype(x)
     return _op(x, mode, num_prefix_tokens, norm, norm_weight, norm_bias, eps, weight, bias, dtype)

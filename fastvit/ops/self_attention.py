@@ -88,6 +88,8 @@ def self_attention(
             drop_path=drop_path,
             quantize=quantize,
         )
+    _checks.tensor("x", x)
+    _checks.tensor("proj_weight", proj_weight)
     biases = qkv_bias if isinstance(qkv_bias, tuple) else (qkv_bias, None, None)
     for name, given in (("qkv_weight", weights), ("qkv_bias", biases)):
         if len(given) != 3:
@@ -95,7 +97,8 @@ def self_attention(
     if isinstance(qkv_bias, tuple) and not isinstance(qkv_weight, tuple):
         raise ValueError("qkv_bias: a tuple of three, but qkv_weight is one packed tensor; give both in one form")
     if scale is None:
-        scale = (proj_weight.shape[-1] // max(num_heads, 1)) ** -0.5 if proj_weight.numel() else 1.0
+        head_dim = proj_weight.shape[-1] // max(num_heads, 1) if proj_weight.ndim else 0
+        scale = head_dim**-0.5 if head_dim else 1.0
     dtype, pair = autocast_dtype(x), _checks.quantize_pair(quantize, "(qkv, proj)")
     arguments = (
         x,

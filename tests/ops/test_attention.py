@@ -315,6 +315,9 @@ def test_autocast():
         ({"q": torch.zeros(2, 5, 24)}, ValueError, "q: shape"),
         ({"k": torch.zeros(2, 5, 3, 9)}, ValueError, "k: shape"),
         ({"v": torch.zeros(2, 6, 3, 8)}, ValueError, "v: shape"),
+        ({"q": torch.zeros(())}, ValueError, "q: shape"),
+        ({"v": None}, TypeError, "v: NoneType"),
+        ({"scale": "half"}, TypeError, "scale: str"),
         ({"k": torch.zeros(2, 0, 3, 8), "v": torch.zeros(2, 0, 3, 8)}, ValueError, "no keys"),
         ({"bias": torch.zeros(2, 3, 5, 4)}, ValueError, "bias: shape"),
         ({"bias": torch.zeros(5, 5, dtype=torch.bool)}, TypeError, "bias: dtype"),
@@ -323,23 +326,31 @@ def test_autocast():
         ({"key_mask": torch.zeros(2, 4).bool()}, ValueError, "key_mask: shape"),
         ({"cu_seqlens": torch.zeros(2).int()}, ValueError, "cu_seqlens: q"),
         ({"cu_seqlens": torch.zeros(2)}, TypeError, "cu_seqlens: dtype"),
+        ({"cu_seqlens": [0, 5]}, TypeError, "cu_seqlens: list"),
         (
             {"cu_seqlens": torch.zeros(2).int(), "bias": torch.zeros(5, 5)},
             ValueError,
             "cu_seqlens: not served together with bias",
         ),
         ({"rope": (torch.zeros(6, 8), torch.zeros(6, 8))}, ValueError, "rope: shapes"),
+        ({"rope": torch.zeros(5, 8)}, TypeError, "rope: Tensor"),
+        ({"rope": (torch.zeros(5, 8),) * 3}, TypeError, "rope: 3 values"),
+        ({"rope": (torch.zeros(5, 8), None)}, TypeError, "rope: None for one"),
         ({"qk_norm": "batch"}, ValueError, "qk_norm: 'batch'"),
-        ({"q_norm_weight": torch.zeros(8)}, ValueError, "none"),
-        ({"qk_norm": "layer", "k_norm_weight": torch.zeros(7)}, ValueError, "norm_weight: shape"),
+        ({"q_norm_weight": torch.zeros(8)}, ValueError, "qk_norm: 'none' takes no q_norm_weight"),
+        ({"qk_norm": "layer", "k_norm_weight": torch.zeros(7)}, ValueError, "^k_norm_weight: shape"),
         ({"rel_pos": (torch.zeros(2, 3, 5, 2), torch.zeros(2, 3, 5, 3))}, ValueError, "rel_pos: 2 rows"),
         ({"bias_table": torch.zeros(9, 3)}, ValueError, "needs bias_index"),
         ({"bias_table": torch.zeros(9, 3), "grid": (2, 2)}, ValueError, "9 entries"),
         ({"bias_table": torch.zeros(9, 2), "grid": (2, 2)}, ValueError, "bias_table: shape"),
         ({"bias_index": torch.zeros(5, 5).int()}, ValueError, "without bias_table"),
+        ({"bias_table": torch.zeros(9, 3), "bias_index": torch.zeros(5, 5).bool()}, TypeError, "bias_index: dtype"),
+        ({"bias_table": torch.zeros(9, 3), "bias_index": torch.full((5, 5), 9)}, ValueError, "bias_index: values"),
+        ({"bias_table": torch.zeros(9, 3), "bias_index": torch.full((5, 5), -1)}, ValueError, "bias_index: values"),
         ({"window": (1, 2)}, ValueError, "grid: None"),
         ({"shift": (1, 0)}, ValueError, "window: None"),
         ({"window": (1, 2), "grid": (1, 5)}, ValueError, "window: "),
+        ({"window": (1,), "grid": (1, 5)}, ValueError, r"window: \(1,\)"),
         ({"window": (1, 5), "grid": (1, 5), "shift": (0, 5)}, ValueError, "shift: "),
         ({"window": (1, 5), "grid": (1, 5), "key_mask": torch.ones(2, 5).bool()}, ValueError, "window: not served"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p: 1.0"),
@@ -350,6 +361,13 @@ def test_bad_arguments(change, error, message):
     given = {name: torch.zeros(2, 5, 3, 8) for name in "qkv"} | change
     with pytest.raises(error, match=message):
         ops.attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+
+
+@pytest.mark.parametrize("bounds", [(0, 4), (0, 6), (1, 5), (0, 3, 2, 5), (0, -1, 5)])
+def test_bad_bounds_of_packed_sequences(bounds):
+    q = torch.zeros(5, 3, 8)
+    with pytest.raises(ValueError, match=r"cu_seqlens: \[.*accepted: from 0 to 5"):
+        ops.attention(q, q, q, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("num_heads", [0, 5])

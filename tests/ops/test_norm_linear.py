@@ -130,6 +130,13 @@ def test_autocast_computes_as_eager_does():
         ({"norm": "rms", "norm_bias": torch.zeros(8)}, ValueError, "norm_bias"),
         ({"norm": "none", "norm_weight": torch.zeros(8)}, ValueError, "norm: 'none'"),
         ({"weight": torch.zeros(3, 8, 1)}, ValueError, "weight: shape"),
+        ({"x": None}, TypeError, "x: NoneType"),
+        ({"x": torch.zeros(2, 8).to_sparse()}, TypeError, "x: layout"),
+        ({"x": torch.zeros(2, 8, dtype=torch.float8_e4m3fn)}, TypeError, "x: dtype"),
+        ({"weight": None}, TypeError, "weight: NoneType"),
+        ({"weight": "fc1"}, TypeError, "weight: str"),
+        ({"bias": 1.0}, TypeError, "bias: float"),
+        ({"eps": None}, TypeError, "eps: NoneType"),
         ({"weight": torch.zeros(3, 8, device="meta")}, ValueError, "weight: on meta"),
     ],
 )

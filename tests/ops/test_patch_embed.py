@@ -200,6 +200,9 @@ def test_autocast():
         ({"pos_embed": torch.zeros(5, 8)}, ValueError, "pos_embed: shape"),
         ({"prefix": torch.zeros(1, 9)}, ValueError, "prefix: shape"),
         ({"mean": (0.5,)}, ValueError, "mean: 1 numbers"),
+        ({"mean": 0.5}, TypeError, "mean: 0.5"),
+        ({"weight": torch.zeros(8, 3, 0, 16)}, ValueError, "weight: shape"),
+        ({"image": None}, TypeError, "image: NoneType"),
         ({"std": (0.5, 0.0, 0.5)}, ValueError, "std"),
     ],
 )
