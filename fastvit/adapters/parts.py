@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -233,6 +234,25 @@ def dropout(module: nn.Module) -> Dropout:
     if isinstance(module, nn.Identity):
         return 0.0, module
     return (module.p if type(module) is nn.Dropout else 1.0), module
+
+
+# ---- Whose code a module is ------------------------------------------------------------------------
+
+LIBRARIES = ("timm", "transformers", "torchvision", "fastvit", "torch")
+
+
+def is_published(cls: type) -> bool:
+    """Does a library define the class, whose settings are known here?"""
+    return cls.__module__.partition(".")[0] in LIBRARIES
+
+
+def own_numbers(modules: Sequence[nn.Module]) -> tuple[tuple[tuple[str, Any], ...], ...]:
+    """The numbers and words that modules of somebody's own class hold: any may be a factor in its forward."""
+    return tuple(
+        tuple((k, v) for k, v in m.__dict__.items() if isinstance(v, (int, float, str)) and k != "training")
+        for m in modules
+        if not is_published(type(m))
+    )
 
 
 # ---- Reading modules -------------------------------------------------------------------------------

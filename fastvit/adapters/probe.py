@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastvit.adapters.parts import PLAIN, run_block
+from fastvit.adapters.parts import PLAIN, block_obstacle, is_published, run_block
 from fastvit.nn._listeners import descendants
 from fastvit.ops import use_backend
 
@@ -40,15 +40,24 @@ def probe(block: nn.Module, adapter: Any) -> Proof:
     return _known[signature]
 
 
+# What every module has.
+_COMMON = frozenset(nn.Module().__dict__)
+
+
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """Attributes that may choose between computations."""
-    return tuple((k, v) for k, v in module.__dict__.items() if isinstance(v, (bool, str)) and k != "training")
+    """Attributes that may choose between computations: of a library's class its flags, of another everything."""
+    if is_published(type(module)):
+        return tuple((k, v) for k, v in module.__dict__.items() if isinstance(v, (bool, str)) and k != "training")
+    return tuple((k, repr(v)) for k, v in module.__dict__.items() if k not in _COMMON)
 
 
 def _try(block: nn.Module, adapter: Any) -> Proof:
     for p in block.parameters():
         if type(p) not in PLAIN:
             return Proof(f"its parameters are {type(p).__name__}, not plain tensors: optimize before they are sharded")
+    for module in (block, *descendants(block)):
+        if hidden := [k for k, v in module.__dict__.items() if isinstance(v, Tensor)]:
+            return Proof(f"{type(module).__name__} has tensors that are no parameters or buffers: {', '.join(hidden)}")
     with (
         torch.random.fork_rng(devices=[]),
         torch.inference_mode(False),
@@ -61,17 +70,31 @@ def _try(block: nn.Module, adapter: Any) -> Proof:
             twin = _random_copy(block)
         except Exception as error:
             return Proof(f"can't be copied for a trial run ({type(error).__name__}: {error})")
-        try:
-            parts = adapter.read(twin)
-            x = torch.randn(2, _TOKENS, parts.qkv[0][0].shape[1], dtype=torch.float64, device="cpu")
-            actual = run_block(parts, x)
-        except Exception as error:
-            return Proof(f"the operators can't express it ({error})")
-        before = [dict(m.__dict__) for m in twin.modules()]
-        try:
-            expected = type(twin).forward(twin, x, *_required_masks(type(twin)))
-        except Exception as error:
-            return Proof(f"its forward needs more than hidden states ({type(error).__name__})")
+        proof = _run_both_ways(twin, adapter)
+        if proof.obstacle is not None:
+            return proof
+        in_training = _run_both_ways(twin.train(), adapter)
+    if in_training.obstacle is not None:
+        return Proof(f"{in_training.obstacle}, in training")
+    return proof
+
+
+def _run_both_ways(twin: nn.Module, adapter: Any) -> Proof:
+    try:
+        parts = adapter.read(twin)
+        x = torch.randn(2, _TOKENS, parts.qkv[0][0].shape[1], dtype=torch.float64, device="cpu")
+        if twin.training and block_obstacle(parts, x) is not None:
+            return Proof(None)  # dropout acts: in training the original runs
+        torch.manual_seed(1)
+        actual = run_block(parts, x)
+    except Exception as error:
+        return Proof(f"the operators can't express it ({error})")
+    before = [dict(m.__dict__) for m in twin.modules()]
+    try:
+        torch.manual_seed(1)
+        expected = type(twin).forward(twin, x, *_required_masks(type(twin)))
+    except Exception as error:
+        return Proof(f"its forward needs more than hidden states ({type(error).__name__})")
     returns_tuple = isinstance(expected, tuple)
     if isinstance(expected, tuple) and len(expected) == 1:
         expected = expected[0]

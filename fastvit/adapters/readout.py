@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastvit.adapters.parts import NotServed, Readout, mode_obstacle, read_norm
+from fastvit.adapters.parts import NotServed, Readout, is_published, mode_obstacle, read_norm
 from fastvit.adapters.swap import Fused, FusedBlock, reading
 from fastvit.nn._listeners import has_own_forward, listener_obstacle
 
@@ -82,7 +82,6 @@ def read_in_part(model: nn.Module) -> dict[Any, int]:
     return {r.blocks[-1]: r.tokens for r in found if r is not None}
 
 
-_LIBRARIES = ("timm", "transformers", "torchvision", "fastvit", "torch")
 # What the forward of a classifier calls on itself.
 _METHODS = ("forward", "forward_features", "forward_head", "pool")
 
@@ -90,10 +89,10 @@ _METHODS = ("forward", "forward_features", "forward_head", "pool")
 def _is_as_published(module: nn.Module) -> bool:
     """Is the module's code its library's own, neither derived from nor patched?"""
     cls: Any = getattr(module, "fastvit_original", type(module))
-    library = cls.__module__.partition(".")[0]
-    if library not in _LIBRARIES:
+    if not is_published(cls):
         return False
-    folder = os.path.dirname(sys.modules[library].__file__ or "") + os.sep
+    library = sys.modules[cls.__module__.partition(".")[0]]
+    folder = os.path.dirname(library.__file__ or "") + os.sep
     for name in _METHODS:
         if (method := getattr(cls, name, None)) is None:
             continue

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fastvit.adapters import timm, torchvision, transformers
-from fastvit.adapters.parts import NotServed, read_activation, read_norm
+from fastvit.adapters.parts import NotServed, own_numbers, read_activation, read_norm
 from fastvit.adapters.probe import probe
 from fastvit.adapters.readout import FusedReadout
 from fastvit.adapters.swap import FusedBlock, FusedPatchConv, fused_class
@@ -85,8 +85,9 @@ def _judge_match(module: nn.Module, adapter: Any) -> Verdict:
     proof = probe(module, adapter)
     if proof.obstacle is not None:
         return Verdict(reason=proof.obstacle)
-    types = tuple(type(m) for m in descendants(module))
-    cls = fused_class(type(module), FusedBlock, adapter.LIBRARY, types, proof.returns_tuple)
+    inner = descendants(module)
+    types, numbers = tuple(type(m) for m in inner), own_numbers([module, *inner])
+    cls = fused_class(type(module), FusedBlock, adapter.LIBRARY, types, numbers, proof.returns_tuple)
     return Verdict(cls, FusedBlock.fastvit_sentence)
 
 

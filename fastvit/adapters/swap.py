@@ -25,6 +25,7 @@ from fastvit.adapters.parts import (
     block_obstacle,
     input_obstacle,
     mode_obstacle,
+    own_numbers,
     run_block,
 )
 from fastvit.adapters.prepared import forget, prepare, run_prepared
@@ -104,6 +105,8 @@ class FusedBlock(Fused):
     fastvit_read: ClassVar[Callable[[Any], BlockParts]]
     # The types of all modules inside, as they were when the fused block was proven to be the same function.
     fastvit_types: tuple[type[nn.Module], ...]
+    # What `own_numbers` said then of the block and them.
+    fastvit_numbers: tuple[tuple[tuple[str, Any], ...], ...]
     fastvit_returns_tuple: bool
     fastvit_quantization: Quantization
 
@@ -144,6 +147,8 @@ class FusedBlock(Fused):
                 return f"{kind.__name__} was replaced by {type(module).__name__}"
         if len(inner) != len(types):
             return "modules were added or removed"
+        if self.fastvit_numbers and own_numbers([self, *inner]) != self.fastvit_numbers:  # type: ignore[list-item]
+            return f"a number in {type(self).__name__} has changed: restore and optimize again"
         if not torch.compiler.is_compiling():
             for kind, forward in zip((self.fastvit_original, *types), self.fastvit_forwards, strict=True):
                 if kind.forward is not forward:
@@ -197,15 +202,16 @@ def fused_class(
     mixin: type[Fused],
     library: str | None = None,
     types: tuple[type[nn.Module], ...] = (),
+    numbers: tuple[tuple[tuple[str, Any], ...], ...] = (),
     returns_tuple: bool = False,
     quantization: Quantization = FLOAT,
 ) -> type[nn.Module]:
     """The subclass of `original` that runs `mixin`'s forward.  It goes by its original's name.
 
-    library: the adapter that knows the module's names.  types, returns_tuple: what the probe found.
+    library: the adapter that knows the module's names.  types, numbers, returns_tuple: what the probe found.
     """
     forwards = tuple(kind.forward for kind in (original, *types))
-    recipe = (original, mixin, library, types, returns_tuple, quantization)
+    recipe = (original, mixin, library, types, numbers, returns_tuple, quantization)
     return _fused_class(*recipe, forwards)  # type: ignore[arg-type]
 
 
@@ -215,6 +221,7 @@ def _fused_class(
     mixin: type[Fused],
     library: str | None,
     types: tuple[type[nn.Module], ...],
+    numbers: tuple[tuple[tuple[str, Any], ...], ...],
     returns_tuple: bool,
     quantization: Quantization,
     forwards: tuple[Callable[..., Any], ...],
@@ -224,7 +231,7 @@ def _fused_class(
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "fastvit_original": original,
-        "fastvit_recipe": (original, mixin, library, types, returns_tuple, quantization),
+        "fastvit_recipe": (original, mixin, library, types, numbers, returns_tuple, quantization),
         "fastvit_forwards": forwards,
     }
     if library is not None:
@@ -232,6 +239,7 @@ def _fused_class(
             importlib.import_module(f"fastvit.adapters.{library}"), mixin.fastvit_reader
         )
         namespace["fastvit_types"] = types
+        namespace["fastvit_numbers"] = numbers
         namespace["fastvit_returns_tuple"] = returns_tuple
         namespace["fastvit_quantization"] = quantization
         if quantization != FLOAT:

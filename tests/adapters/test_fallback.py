@@ -391,6 +391,49 @@ def test_the_same_children_with_another_meaning(options, reason):
     assert reason in fastvit.report(block).skipped[0].detail
 
 
+class Scaled(Block):
+    """A factor that no structure shows."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        factor = self.factor["in training"] * self.training if isinstance(self.factor, dict) else self.factor
+        return super().forward(x) * (1.0 + factor)
+
+
+@pytest.mark.parametrize(
+    ("factor", "reason"),
+    [
+        (0.5, "computes something else"),
+        ([0.5], "more than hidden states"),
+        ({"in training": 0.5}, "computes something else, in training"),
+        (torch.zeros(()), "Scaled has tensors that are no parameters or buffers: factor"),
+    ],
+)
+def test_each_factor_in_a_class_of_ones_own_is_tried(factor, reason):
+    model = nasty.randomize(nn.Sequential(Scaled(0.0), Scaled(factor), Scaled(0.0)))
+    fastvit.optimize(model)
+    rows = fastvit.report(model).rows
+    assert [r.status for r in rows] == ["fused", "left", "fused"]
+    assert reason in rows[1].detail
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_factor_in_a_class_of_ones_own_that_changes_afterwards(compiled):
+    model = fastvit.optimize(nasty.randomize(nn.Sequential(Scaled(0.0), Scaled(0.0))).eval(), strict=True)
+    call = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    x = nasty.tokens(2, 17, 64).float()
+    with torch.no_grad():
+        call(x)
+        model[1].factor = 0.5
+        actual, expected = call(x), fastvit.restore(copy.deepcopy(model))(x)
+    assert relative_l2(actual, expected) < 1e-5
+    if not compiled:
+        assert reasons(model) == {"1": "original forward: a number in Scaled has changed: restore and optimize again"}
+
+
 def test_a_forward_on_a_block_instance_is_left():
     model = zoo.make("timm vit")
     block = model.blocks[0]
