@@ -140,8 +140,8 @@ class FastViT(nn.Module):
             prefix = prefix + positions[:, : self.num_prefix_tokens]
             positions = positions[:, self.num_prefix_tokens :]
         p1, p2 = self.patch_embed.patch_size
-        if x.ndim == 4:
-            height, width = self.patch_embed.image_size(x)
+        height, width = self.patch_embed.image_size(x) if x.ndim == 4 else (0, 0)
+        if height >= p1 and width >= p2:  # else patch_embed says what is wrong
             positions = interpolate_pos_embed(positions, self.patch_embed.grid_size, (height // p1, width // p2))
         return self.norm_pre(self.patch_embed(x, positions, prefix))
 

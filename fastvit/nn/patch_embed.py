@@ -61,11 +61,12 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor, pos_embed: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
         """Images in `layout`, float or uint8 -> (B, R + N, D); pos_embed and prefix as in `ops.patch_embed`.
 
-        Pixels beyond the last whole patch are ignored, as a strided convolution does.
+        Pixels beyond the last whole patch are ignored, as a strided convolution does; there must be a whole one.
         """
         if x.ndim == 4:
             (h, w), (p1, p2) = self.image_size(x), self.patch_size
-            if h % p1 or w % p2:
+            # An image without a whole patch, or in another layout, is for the operator to refuse.
+            if h >= p1 and w >= p2 and (h % p1 or w % p2):
                 h, w = h // p1 * p1, w // p2 * p2
                 x = x[:, :, :h, :w] if self.layout == "NCHW" else x[:, :h, :w]
         if not isinstance(self.proj, nn.Conv2d) or listener_obstacle([self.proj]) is not None:

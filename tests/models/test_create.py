@@ -185,6 +185,22 @@ def test_trains():
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.parametrize(
+    ("layout", "shape", "message"),
+    [
+        ("NCHW", (1, 32, 32, 3), "accepted: 3, or layout='NHWC'"),
+        ("NHWC", (1, 3, 32, 32), "accepted: 3, or layout='NCHW'"),
+        ("NCHW", (1, 3, 8, 32), "image: 8 x 32 is no multiple of the patch"),
+        ("NHWC", (1, 32, 8, 3), "image: 32 x 8 is no multiple of the patch"),
+        ("NCHW", (3, 32, 32), r"accepted: \(B, C, H, W\)"),
+    ],
+)
+def test_images_that_do_not_fit(layout, shape, message):
+    model = fastvit.FastViT(**TINY, layout=layout)
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(shape))
+
+
 def test_any_patch_and_size_can_be_named():
     assert configs.arguments("vit_base_patch16_192")["img_size"] == 192
     assert configs.arguments("vit_small_patch7_70")["patch_size"] == 7
