@@ -41,6 +41,15 @@ def load_checkpoint(model: FastViT, checkpoint: str | os.PathLike[str] | Mapping
 def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: {path} is no file")
+    try:
+        return _parse(path)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # each format's library has errors of its own
+        raise ValueError(f"checkpoint: {path} can't be read: {error}") from error
+
+
+def _parse(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".npz":
         import numpy as np
 
@@ -54,7 +63,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         return load_file(path)
     loaded = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(loaded, Mapping):
-        raise ValueError(f"checkpoint: {path} holds a {type(loaded).__name__}; accepted: a state dict")
+        raise ValueError(f"it holds a {type(loaded).__name__}; accepted: a state dict")
     return loaded
 
 

@@ -252,5 +252,9 @@ def test_unreadable_checkpoints(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="list"):
         ours()(tmp_path / "list.pth")
+    for name in ("a.pth", "a.safetensors", "a.npz"):
+        (tmp_path / name).write_bytes(b"<html>not found</html>")
+        with pytest.raises(ValueError, match=f"checkpoint: .*{name} can't be read: "):
+            ours()(tmp_path / name)
     with pytest.raises(ValueError, match="unknown layout"):
         ours()({"conv1.weight": torch.zeros(1)})
