@@ -25,6 +25,9 @@ namespace fastvit::cpu::FASTVIT_ISA {
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
+// Beyond it the product with the scale rounds by 2^-10 and more, or overflows (a mask of -FLT_MAX
+// is no -infinity): then the maximum is taken off first.
+constexpr float kExactShift = 1 << 14;
 
 // Additive bias of one head, broadcast through its strides.
 struct Bias {
@@ -306,16 +309,20 @@ class Attention {
       }
       for (; j < whole; j += kLanes) best[0] = at_least(load(s + j), best[0]);
       if (left > 0) best[1] = at_least(keep_first(load(s + j), left, best[1]), best[1]);
-      highest[i] =
-          scale * reduce_max(at_least(at_least(best[0], best[1]), at_least(best[2], best[3])));
+      highest[i] = reduce_max(at_least(at_least(best[0], best[1]), at_least(best[2], best[3])));
     }
     for (int64_t i = 0; i < rows; ++i) {
       const float before = k0 > 0 ? w.row_max[row + i] : -kInfinity;
       if (before > highest[i]) highest[i] = before;
-      const f32v shift = set1(highest[i] == -kInfinity ? 0.0f : -highest[i]);
-      float total = powers(w, i, set1(scale), shift, whole, left);
+      float shift = -highest[i] * scale;
+      if (!(shift < kExactShift && shift > -kExactShift)) {
+        if (highest[i] != -kInfinity) subtract(w.scores + i * lds_, highest[i], keys);
+        shift = 0.0f;
+      }
+      float total = powers(w, i, set1(scale), set1(shift), whole, left);
       if (k0 > 0) {
-        const f32v keep = exp2(set1(before) + shift);
+        const bool same = before == highest[i];  // both -infinity, where there was no key
+        const f32v keep = exp2(set1(same ? 0.0f : (before - highest[i]) * scale));
         total += w.row_sum[row + i] * first_lane(keep);
         float* out = w.out + (row + i) * ldo_;
         for (int64_t d = 0; d < ldo_; d += kLanes) store(out + d, load(out + d) * keep);
@@ -323,6 +330,10 @@ class Attention {
       w.row_max[row + i] = highest[i];
       w.row_sum[row + i] = total;
     }
+  }
+
+  static void subtract(float* s, float highest, int64_t keys) {
+    for (int64_t j = 0; j < keys; j += kLanes) store(s + j, load(s + j) - set1(highest));
   }
 
   // p = 2^(s scale + shift) for a row of whole + left scores; returns the sum.

@@ -56,6 +56,21 @@ def test_masked_keys_and_rows(dtype):
     assert (out[1, 11] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("nk", [50, 3000])  # in one chunk of keys and in several
+def test_the_least_float_masks_a_key_but_not_a_row(nk, dtype):
+    bias = torch.full((50, nk), torch.finfo(torch.bfloat16).min, dtype=torch.float64)
+    bias[:10, :7], bias[10:20, -7:] = 0.0, 0.0
+    check("attention", *arguments(2, 50, 2, 32, nk=nk), bias=bias, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e3, 1e6])
+def test_one_key_gives_its_value_however_large_the_logit(size, dtype):
+    q, k, v = arguments(2, 5, 2, 64, nk=1)
+    check("attention", q * size, k * size, v, dtype=dtype)  # in bfloat16 without any error, as eager
+
+
 def test_scale():
     check("attention", *arguments(1, 50, 2, 64), scale=0.3, dtype=torch.float32)
 
