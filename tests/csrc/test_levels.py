@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import shutil
 import subprocess
@@ -142,9 +143,11 @@ def test_the_environment_chooses_a_level(wanted: str, monkeypatch: pytest.Monkey
     code = "from fastvit import _C; print(_C.isa())"
     isa = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     before, supported = _C.isa(), _C.supported_isas()
-    _C.set_isa(isa)
-    why = fastvit.env()["cpu"]["isa_why"]
-    _C.set_isa(before)
+    try:
+        _C.set_isa(isa)
+        why = fastvit.env()["cpu"]["isa_why"]
+    finally:
+        _C.set_isa(before)
     if wanted in supported:
         assert (isa, why) == (wanted, "FASTVIT_CPU_ISA asks for it")
     else:
@@ -262,6 +265,21 @@ def test_the_micro_kernel_of_arm64_multiplies_by_element_without_spills(
     assert sum(2 if "\tldp\t" in line else 1 for line in vectors) == 8 * 4
     assert len(done) > 0.6 * len(body), f"{len(body)} instructions for {len(done)} multiply-adds"
     assert len(spills) <= spilled, "\n".join(spills)
+
+
+def test_attention_prefetches_the_next_head() -> None:
+    """Out of line, the function would be code without effect to GCC."""
+    if platform.machine() != "x86_64" or shutil.which("objdump") is None:
+        pytest.skip("needs objdump, and code of x86")
+    command = ["objdump", "-d", "--no-show-raw-insn", _C.__file__]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    run = re.compile(r"[0-9a-f]+ <_ZN7fastvit3cpu\d+(\w+?)12_GLOBAL__N_19AttentionINS1_\d+(\w+?)EE3runEv")
+    bodies: dict[tuple[str, ...], str] = {}
+    for function in listing.split("\n\n"):  # a loop of OpenMP's is a function of its own
+        if name := run.match(function):
+            bodies[name.groups()] = bodies.get(name.groups(), "") + function
+    assert {level for level, _ in bodies} >= set(_C.supported_isas())
+    assert [name for name, body in bodies.items() if "prefetch" not in body] == []
 
 
 # ---- AMX ---------------------------------------------------------------------------------------------------------
