@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fastvit import adapters, kernels, models, nn, ops, reference  # type: ignore[attr-defined, unused-ignore]
+    from fastvit import adapters, kernels, models, nn, ops, reference  # type: ignore[attr-defined]
     from fastvit._env import env
     from fastvit.adapters import Comparison, Report, compare, optimize, report, restore  # type: ignore[no-redef]
     from fastvit.models import FastViT, create_model, list_models

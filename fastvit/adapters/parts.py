@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -246,7 +246,7 @@ def is_published(cls: type) -> bool:
     return cls.__module__.partition(".")[0] in LIBRARIES
 
 
-def own_numbers(modules: Sequence[nn.Module]) -> tuple[tuple[tuple[str, Any], ...], ...]:
+def own_numbers(modules: Iterable[object]) -> tuple[tuple[tuple[str, Any], ...], ...]:
     """The numbers and words that modules of somebody's own class hold: any may be a factor in its forward."""
     return tuple(
         tuple((k, v) for k, v in m.__dict__.items() if isinstance(v, (int, float, str)) and k != "training")

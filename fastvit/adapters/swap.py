@@ -147,7 +147,7 @@ class FusedBlock(Fused):
                 return f"{kind.__name__} was replaced by {type(module).__name__}"
         if len(inner) != len(types):
             return "modules were added or removed"
-        if self.fastvit_numbers and own_numbers([self, *inner]) != self.fastvit_numbers:  # type: ignore[list-item]
+        if self.fastvit_numbers and own_numbers([self, *inner]) != self.fastvit_numbers:
             return f"a number in {type(self).__name__} has changed: restore and optimize again"
         if not torch.compiler.is_compiling():
             for kind, forward in zip((self.fastvit_original, *types), self.fastvit_forwards, strict=True):
