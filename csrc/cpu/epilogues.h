@@ -33,7 +33,7 @@ struct Activate {
     }
   }
 
-  // A tile as wide as a panel, row by row.
+  // A tile as wide as a panel: no tails, a dtype known beforehand, and each line written at once.
   template <class T>
   void whole(const float* tile, int64_t rows, int64_t col, T* to) const {
     f32v b[kVectors];
@@ -129,7 +129,7 @@ struct AddResidual {
     }
   }
 
-  // A tile as wide as a panel, row by row.
+  // As `Activate::whole`.
   template <class T>
   void whole(const float* tile, int64_t row, int64_t rows, int64_t col, const float* scale) const {
     f32v b[kVectors], gamma[kVectors];
