@@ -321,8 +321,8 @@ class Attention {
       }
       float total = powers(w, i, set1(scale), set1(shift), whole, left);
       if (k0 > 0) {
-        const bool same =
-            before == highest[i];  // or -infinity less -infinity, where no key counts yet
+        // Asked first, because both are -infinity where no key counts yet.
+        const bool same = before == highest[i];
         const f32v keep = exp2(set1(same ? 0.0f : (before - highest[i]) * scale));
         total += w.row_sum[row + i] * first_lane(keep);
         float* out = w.out + (row + i) * ldo_;
