@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 
 import pytest
 
@@ -41,3 +42,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code() -> None:
+    # Dynamo counts recompilations by code object, so that the tests of one process would share the limit of eight.
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
