@@ -102,7 +102,7 @@ class Attention {
         head_dim_(args.q.size[3]),
         keys_(args.k.size[1]),
         panels_(head_dim_),
-        in_place_(args.q.dtype == kDType && head_dim_ % P::kPair == 0),
+        in_place_(args.q.dtype == kDTypeOf<P> && head_dim_ % P::kPair == 0),
         scale_(args.scale * kLog2e) {}
 
   void run() {
@@ -143,8 +143,6 @@ class Attention {
   }
 
  private:
-  static constexpr DType kDType = P::kPair == 1 ? DType::kF32 : DType::kBF16;
-
   struct Queries {
     const Element* rows;
     int64_t ld;

@@ -20,7 +20,6 @@ namespace {
 template <class P>
 void run(const MlpArgs& args) {
   using Element = typename P::Element;
-  constexpr DType kDType = P::kPair == 1 ? DType::kF32 : DType::kBF16;
   const int64_t m = args.x.size[0], k = args.x.size[1], n = args.weight2.size[0];
   const int64_t hidden = args.hidden;
   const bool gated = args.activation == Activation::kSwiglu;
@@ -65,14 +64,14 @@ void run(const MlpArgs& args) {
     add.residual = x.from(row);
     add.out = out.from(row);
     add.first_row = row;
-    const Rows between(packed, kDType, ld);
+    const Rows between(packed, kDTypeOf<P>, ld);
     with_activation(args.activation, between, bias, value_bias, [&](const auto& epilogue) {
       linear<P>(rows, k, first, args.num_threads, source, epilogue);
     });
     if (second.dtype == DType::kI8) {
       linear<P>(rows, hidden, second, args.num_threads, PlainRows(between, hidden), add);
     } else {
-      product<P>(rows, second, args.num_threads, PackedRows<P>{packed}, add);
+      product<P>(rows, second, args.num_threads, PackedRows<P>{packed, ld}, add);
     }
   }
 }

@@ -28,32 +28,32 @@ namespace fastvit::cpu::FASTVIT_ISA {
 
 // What the micro-kernel fetches in passing, a little every kUnroll steps, because all at once would
 // stall. Into L2: the P::kRows of A that come next, and the weights that will be packed next (at
-// step s, byte s * step of `count` rows). Into L1, last of all, for writing: the rows that the
+// step s, byte s * step of `count` rows). Into L1, towards the end, for writing: the rows that the
 // epilogue of this tile will write or read. Stores retire in order, so each one that missed L1
 // would hold up the next tile's.
 struct Prefetch {
   static constexpr int kUnroll = 8;
+  // How many times kUnroll steps the tile's last row comes before the end: some 400 cycles, in
+  // which it arrives from L3, and soon enough not to be gone again from L1.
+  static constexpr int kLead = 4;
 
-  const char* a = nullptr;
   const char* weights = nullptr;
   int64_t ld = 0, step = 0;  // bytes
   int64_t count = 0;
   TileRows tiles[2] = {};
 
   template <class P, int MR>
-  FASTVIT_INLINE_METHOD void at(int64_t s, int64_t steps) const {
-    constexpr int64_t kStepBytes = 4 * P::kRows;
-    if (a) {
-      for (int64_t i = 0; i < kStepBytes * kUnroll / 64; ++i) {
-        __builtin_prefetch(a + s * kStepBytes + i * 64, 0, 2);
-      }
-    }
+  FASTVIT_INLINE_METHOD void at(int64_t s, int64_t steps, const typename P::Element* a,
+                                int64_t lda) const {
+    // A line holds twice kUnroll steps of a row: every other row now, the others next time.
+    const typename P::Element* next = a + (P::kRows + (s / kUnroll & 1)) * lda;
+    for (int i = 0; i < P::kRows; i += 2) __builtin_prefetch(next + i * lda, 0, 2);
     for (int64_t i = 0; i < count; ++i) __builtin_prefetch(weights + i * ld + s * step, 0, 2);
-    const int64_t left = (steps - s) / kUnroll - 1;
-    if (left < MR) {
+    const int64_t row = (steps - s) / kUnroll - 1 - kLead;
+    if (0 <= row && row < MR) {
       for (const TileRows& tile : tiles) {
-        const char* row = tile.rows + left * tile.ld;
-        for (int64_t b = 0; b < tile.bytes; b += 64) __builtin_prefetch(row + b, 1, 3);
+        const char* line = tile.rows + row * tile.ld;
+        for (int64_t b = 0; b < tile.bytes; b += 64) __builtin_prefetch(line + b, 1, 3);
       }
     }
   }
@@ -62,7 +62,7 @@ struct Prefetch {
 // Where all is near: asking whether there is anything to fetch takes 3 % of a product of 32 steps.
 struct NoPrefetch {
   template <class P, int MR>
-  FASTVIT_INLINE_METHOD void at(int64_t, int64_t) const {}
+  FASTVIT_INLINE_METHOD void at(int64_t, int64_t, const typename P::Element*, int64_t) const {}
 };
 
 // What turns sums of quantised products into f32: a factor per row of A and one per column of B.
@@ -112,7 +112,7 @@ static void micro_kernel(int64_t steps, const typename P::Element* a, int64_t ld
   constexpr int kUnroll = Prefetch::kUnroll;
   int64_t s = 0;
   for (; s + kUnroll <= steps; s += kUnroll) {
-    prefetch.template at<P, MR>(s, steps);
+    prefetch.template at<P, MR>(s, steps, a, lda);
 #pragma GCC unroll 8
     for (int i = 0; i < kUnroll; ++i) step();
   }
@@ -201,7 +201,8 @@ static void tile_kernel(int64_t steps, const typename P::Element* a, int64_t lda
   const int64_t blocks = ceil_div(steps, P::kSteps);
   const auto fetch = [&](int64_t block) __attribute__((always_inline)) {
     for (int64_t s = 0; s < P::kSteps; s += Prefetch::kUnroll) {
-      prefetch.template at<P, kRows>(block * P::kSteps + s, blocks * P::kSteps);
+      prefetch.template at<P, kRows>(block * P::kSteps + s, blocks * P::kSteps,
+                                     a + (block * P::kSteps + s) * P::kPair, lda);
     }
   };
   const auto nothing = [](int64_t) {};
@@ -271,20 +272,46 @@ struct MicroKernels {
 
 // ---- Work splitting -----------------------------------------------------------------------------
 
-// Into how many chunks to split `rows` so that `panels` x chunks tasks keep all threads busy. The
-// last tasks to finish cost a fraction of a task on top: cores are never equally fast.
+// Into how many chunks to split `rows` so that `tasks` x chunks keep all threads busy, where a
+// chunk costs `P::kPackRows` rows on top. The last to finish costs a fraction of a chunk more:
+// cores are never equally fast.
 template <class P>
-static int64_t split_rows(int64_t rows, int64_t panels, int threads) {
+static int64_t split_rows(int64_t rows, int64_t tasks, int threads) {
   if (threads == 1) return 1;
   int64_t best = 1;
   double best_cost = 0;
   for (int64_t chunks = 1; chunks <= ceil_div(rows, 4 * P::kRows) && chunks <= 64; ++chunks) {
-    const double task = static_cast<double>(ceil_div(rows, chunks)) + P::kPackRows;
-    const double cost = (static_cast<double>(ceil_div(panels * chunks, threads)) + 0.25) * task;
+    const double chunk = static_cast<double>(ceil_div(rows, chunks)) + P::kPackRows;
+    const double cost = (static_cast<double>(ceil_div(tasks * chunks, threads)) + 0.25) * chunk;
     if (chunks == 1 || cost < best_cost) best = chunks, best_cost = cost;
   }
   return best;
 }
+
+// The tasks of a product: a panel and all rows, and of the last panels, one for each thread, pieces
+// of the rows, so that all threads finish together.
+struct Tasks {
+  int64_t rows, whole, pieces, piece_rows, count;
+
+  template <class P>
+  static Tasks of(int64_t rows, int64_t panels, int threads) {
+    const int64_t last = min(panels, threads);
+    const int64_t most = split_rows<P>(rows, last, threads);
+    const int64_t piece_rows = round_up(ceil_div(rows, most), P::kRows);
+    const int64_t pieces = ceil_div(rows, piece_rows);
+    return {rows, panels - last, pieces, piece_rows, panels - last + last * pieces};
+  }
+
+  int64_t panel(int64_t task) const {
+    return task < whole ? task : whole + (task - whole) / pieces;
+  }
+  int64_t begin(int64_t task) const {
+    return task < whole ? 0 : (task - whole) % pieces * piece_rows;
+  }
+  int64_t end(int64_t task) const {
+    return task < whole ? rows : min(begin(task) + piece_rows, rows);
+  }
+};
 
 // A row stride in bytes that is an odd number of cache lines: six rows never share a cache set.
 FASTVIT_INLINE int64_t row_bytes(int64_t bytes) {
@@ -314,10 +341,12 @@ FASTVIT_INLINE void pad_row(typename P::Element* row, int64_t k) {
   for (; k % (P::kPair * P::kSteps) != 0; ++k) row[k] = typename P::Element{};
 }
 
-// A source of rows that are packed already: `packed_ld` apart, padded, and room for whole kRows.
+// A source of rows that can be read where they lie, `ld` elements apart: of the product's dtype,
+// and padded as by `pad_row`. A product by tiles needs room for whole kRows behind the last.
 template <class P>
 struct PackedRows {
-  typename P::Element* rows;
+  const typename P::Element* rows;
+  int64_t ld;
 };
 
 template <class Source>
@@ -353,6 +382,10 @@ FASTVIT_INLINE int64_t bytes_of(DType dtype) {
   return dtype == DType::kF32 ? 4 : dtype == DType::kBF16 ? 2 : 1;
 }
 
+// Of the elements of a product of floats.
+template <class P>
+constexpr DType kDTypeOf = P::kPair == 1 ? DType::kF32 : DType::kBF16;
+
 struct Weight {
   const void* data;  // (n, k), or (2 n, k) when gated
   DType dtype;
@@ -372,7 +405,7 @@ struct Weight {
     int64_t first = part * share, end = cols;
     if (gated && first >= cols) first += n - cols, end = n + cols;
     const char* at = static_cast<const char*>(data) + ((col + first) * ld + k0) * size;
-    return {nullptr, at, ld * size, P::kPair * size, max(min(share, end - first), 0), {}};
+    return {at, ld * size, P::kPair * size, max(min(share, end - first), 0), {}};
   }
 };
 
@@ -430,16 +463,17 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
   const int64_t k_chunks = max(ceil_div(w.k, most_k), 1);
   const int64_t kc = round_up(ceil_div(w.k, k_chunks), kUnit);
 
-  const int64_t lda = packed_ld<P>(w.k);
+  int64_t lda = packed_ld<P>(w.k);
+  if constexpr (kIsPacked<Source>) lda = source.ld;
   const int64_t block_rows = kIsPacked<Source> ? round_up(m, kRows) : packed_rows<P>(m, w.k);
 
   const int64_t panel_columns = w.panel_columns();
   const int64_t panels = ceil_div(w.n, panel_columns);
-  const int64_t chunks = split_rows<P>(min(block_rows, m), panels, threads);
-  const int64_t chunk_rows = round_up(ceil_div(min(block_rows, m), chunks), kRows);
+  const Tasks tasks = Tasks::of<P>(min(block_rows, m), panels, threads);
 
   const int64_t panel_elements = (kc / P::kPair + P::kHasSums) * kPanel * P::kPair;
-  const int64_t partial_rows = k_chunks > 1 ? chunk_rows : kRows;
+  const int64_t partial_rows =
+      k_chunks > 1 ? round_up(tasks.whole ? tasks.rows : tasks.piece_rows, kRows) : kRows;
   const auto carve = [&](char* base) {
     Carver take{base};
     ProductWorker<P> worker;
@@ -454,7 +488,8 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
   // A row is dear where the source pools tokens: then few rows must still keep all threads busy.
   const int64_t fill_rows = max(min(min(block_rows, m) / (8 * threads), 4 * kRows), 1);
 
-  Element* rows;
+  const Element* rows;
+  [[maybe_unused]] Element* filled = nullptr;
   float* row_scales = nullptr;
   if constexpr (kIsPacked<Source>) {
     rows = source.rows;
@@ -462,18 +497,20 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
     const int64_t bytes = block_rows * lda * static_cast<int64_t>(sizeof(Element));
     const int64_t scale_bytes = P::kQuantized ? block_rows * sizeof(float) : 0;
     auto* memory = static_cast<char*>(scratch(Slot::kRows, bytes + scale_bytes));
-    rows = reinterpret_cast<Element*>(memory);
+    rows = filled = reinterpret_cast<Element*>(memory);
     row_scales = reinterpret_cast<float*>(memory + bytes);
   }
   auto* workers = static_cast<char*>(scratch(Slot::kWorkers, worker_bytes * threads));
 
   // Tasks are handed out in order, so a thread's next one is probably `threads` further on.
-  const auto next_column = [&](int64_t task) { return (task + threads) / chunks * panel_columns; };
+  const auto next_column = [&](int64_t task) {
+    return tasks.panel(task + threads) * panel_columns;
+  };
 
   const auto run_task = [&](int64_t block, int64_t block_size, int64_t task,
                             const ProductWorker<P>& worker) {
-    const int64_t col = task / chunks * panel_columns, cols = min(panel_columns, w.n - col);
-    const int64_t begin = task % chunks * chunk_rows, end = min(begin + chunk_rows, block_size);
+    const int64_t col = tasks.panel(task) * panel_columns, cols = min(panel_columns, w.n - col);
+    const int64_t begin = tasks.begin(task), end = min(tasks.end(task), block_size);
     if (begin >= end) return;
     const int64_t groups = ceil_div(end - begin, kRows);
     const float* column_scales = panel_scales<P>(w, col, cols, worker.scales);
@@ -486,7 +523,6 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
         float* tile = worker.partial + (k_chunks > 1 ? g * kRows * kPanel : 0);
         Prefetch prefetch = next < w.k ? w.prefetch<P>(col, next, g, groups)
                                        : w.prefetch<P>(next_column(task), 0, g, groups);
-        prefetch.a = reinterpret_cast<const char*>(rows + (r + kRows) * lda + k0);
         Scales scales;
         if (next >= w.k) {
           epilogue.prefetch(block + r, col, prefetch.tiles);
@@ -512,7 +548,7 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
       if constexpr (!kIsPacked<Source>) {
 #pragma omp for schedule(dynamic, fill_rows)
         for (int64_t r = 0; r < block_size; ++r) {
-          Element* row = rows + r * lda;
+          Element* row = filled + r * lda;
           if constexpr (P::kQuantized) {
             row_scales[r] = source(block + r, row);
           } else {
@@ -522,7 +558,7 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
         }
       }
 #pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t task = 0; task < panels * chunks; ++task) {
+      for (int64_t task = 0; task < tasks.count; ++task) {
         run_task(block, block_size, task, worker);
       }
     }

@@ -150,6 +150,11 @@ FASTVIT_INLINE void store_words(void* p, i32v v) {
 FASTVIT_INLINE f32v scale_by_power(f32v p, f32v n) { return _mm512_maskz_scalef_ps(0xffff, p, n); }
 constexpr float kLowestPower = -160.0f;
 
+// Of 32 numbers, those that the lowest five bits of each lane name.
+FASTVIT_INLINE f32v look_up(const float (&table)[2 * kLanes], i32v index) {
+  return _mm512_permutex2var_ps(load(table), (__m512i)index, load(table + kLanes));
+}
+
 FASTVIT_INLINE float reduce_add(f32v v) {
   const __m256 half =
       _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_maskz_extractf32x8_ps(0xff, v, 1));
@@ -366,7 +371,7 @@ struct ByVectors {
   static constexpr int kRows = 6;   // rows that it finishes at once
   static constexpr int kSteps = 1;  // steps that it takes at once
   // What packing a panel costs, in rows of product (measured).
-  static constexpr double kPackRows = 4.5;
+  static constexpr double kPackRows = 10;
   struct Registers {};  // what a thread holds that uses it
 };
 

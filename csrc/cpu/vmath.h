@@ -4,6 +4,9 @@
 
 #pragma once
 
+#if defined(__AVX512F__)
+#include "gelu_table.h"
+#endif
 #include "simd.h"
 
 namespace fastvit::cpu::FASTVIT_ISA {
@@ -46,8 +49,33 @@ struct Identity {
   FASTVIT_INLINE f32v apply(f32v x) { return x; }
 };
 
-// x * Phi(x) = max(x, 0) - |x| * Phi(-|x|), with Phi(-t) = 2^P(t). The degree 8 fit of P weighs the
-// error by Phi(-t), leaving 8e-9 of |x|, and falls without bound beyond the fitted range.
+// x * Phi(x) = max(x, 0) - |x| * Phi(-|x|).
+#if defined(__AVX512F__)
+// By table: a third of the time of a polynomial that reaches everywhere, whose chain of dependent
+// instructions is twice as long.
+template <int kDegree>
+struct GeluOf {
+  FASTVIT_INLINE f32v apply(f32v x, const float (&table)[kDegree + 1][kGeluPieces]) {
+    const f32v t = at_most(abs(x), set1((kGeluPieces - 1) * kGeluPiece));
+    const f32v magic = set1(12582912.0f);  // 1.5 * 2^23: the sum's lowest bits are a whole number
+    const f32v piece = fmadd(t, set1(1 / kGeluPiece), magic);
+    const f32v f = fmadd(piece - magic, set1(-kGeluPiece), t);
+    f32v p = look_up(table[kDegree], (i32v)piece);
+#pragma GCC unroll 4
+    for (int d = kDegree - 1; d >= 0; --d) p = fmadd(p, f, look_up(table[d], (i32v)piece));
+    return at_least(x, zero()) - t * p;
+  }
+};
+struct Gelu {
+  FASTVIT_INLINE f32v apply(f32v x) { return GeluOf<4>::apply(x, kGeluF32); }
+};
+// Enough for a result that is rounded to bf16.
+struct GeluBF16 {
+  FASTVIT_INLINE f32v apply(f32v x) { return GeluOf<2>::apply(x, kGeluBF16); }
+};
+#else
+// Phi(-t) = 2^P(t). The degree 8 fit of P weighs the error by Phi(-t), leaving 8e-9 of |x|, and
+// falls without bound beyond the fitted range.
 struct Gelu {
   FASTVIT_INLINE f32v apply(f32v x) {
     const f32v t = at_most(abs(x), set1(40.0f));
@@ -77,6 +105,7 @@ struct GeluBF16 {
     return at_least(x, zero()) - t * exp2_bf16(p);
   }
 };
+#endif
 
 // 0.5 x (1 + tanh u) = x sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3)
 struct GeluTanh {
