@@ -83,9 +83,9 @@ struct Worker {
   Element* v;      // panels of (chunk / pair, panel width)
   Element* p;      // (kRows, ldp), bf16 only: f32 probabilities overwrite the scores
   float* scores;   // (kRows, lds)
-  float* out;      // (block, head_dim in whole vectors)
-  float* row_max;  // (block)
-  float* row_sum;  // (block)
+  float* out;      // (held, head_dim in whole vectors)
+  float* row_max;  // (held)
+  float* row_sum;  // (held)
   int64_t bytes;   // of all of these
 };
 
@@ -117,15 +117,17 @@ class Attention {
     const int64_t chunks = max(ceil_div(keys_, min(most, 1024)), 1);
     chunk_ = round_up(ceil_div(keys_, chunks), kPanel);
 
+    ldo_ = panels_.vectors * kLanes;
+    const int64_t most_rows = chunks > 1 ? cache_sizes().l2 / 4 / (4 * ldo_) : queries_;
     const int64_t splits =
-        max(split_rows<P>(queries_, batch_ * heads_, threads), ceil_div(queries_, 480));
+        max(split_rows<P>(queries_, batch_ * heads_, threads), ceil_div(queries_, most_rows));
     block_ = round_up(ceil_div(queries_, splits), P::kRows);
+    held_ = chunks > 1 ? block_ : P::kRows;
     const int64_t blocks = ceil_div(queries_, block_);
 
     ldq_ = row_bytes(head_dim_ * sizeof(Element)) / sizeof(Element);
     lds_ = row_bytes(chunk_ * sizeof(float)) / sizeof(float);
     ldp_ = P::kPair == 1 ? lds_ : row_bytes(chunk_ * sizeof(Element)) / sizeof(Element);
-    ldo_ = panels_.vectors * kLanes;
     const int64_t worker_bytes = carve(nullptr).bytes;
     auto* base = static_cast<char*>(scratch(Slot::kWorkers, worker_bytes * threads));
 
@@ -156,9 +158,9 @@ class Attention {
     w.v = take.array<Element>(chunk_ * ldo_);
     w.p = take.array<Element>(P::kPair == 1 ? 0 : P::kRows * ldp_);
     w.scores = take.array<float>(P::kRows * lds_);
-    w.out = take.array<float>(block_ * ldo_);
-    w.row_max = take.array<float>(block_);
-    w.row_sum = take.array<float>(block_);
+    w.out = take.array<float>(held_ * ldo_);
+    w.row_max = take.array<float>(held_);
+    w.row_sum = take.array<float>(held_);
     w.bytes = take.used;
     return w;
   }
@@ -191,22 +193,25 @@ class Attention {
     }
     const Bias bias(args_.bias, sample, head);
     if (keys_ == 0) {
-      for (int64_t i = 0; i < (end - begin) * ldo_; ++i) w.out[i] = 0.0f;
-      for (int64_t i = 0; i < end - begin; ++i) w.row_sum[i] = 0.0f;
-      finish(w, sample, head, begin, begin, end);
+      for (int64_t i = 0; i < P::kRows * ldo_; ++i) w.out[i] = 0.0f;
+      for (int64_t i = 0; i < P::kRows; ++i) w.row_sum[i] = 0.0f;
+      for (int64_t r = begin; r < end; r += P::kRows) {
+        finish(w, 0, min(P::kRows, end - r), at(args_.out, sample, r, head));
+      }
     }
     for (int64_t k0 = 0; k0 < keys_; k0 += chunk_) {
       const int64_t keys = min(chunk_, keys_ - k0);
       pack(w, sample, head, k0, keys);
       for (int64_t r = begin; r < end; r += P::kRows) {
-        const int64_t rows = min(P::kRows, end - r);
+        const int64_t rows = min(P::kRows, end - r), row = held_ == block_ ? r - begin : 0;
+        const int64_t to = at(args_.out, sample, r, head);
         prefetch(args_.q, next, r, min(r + P::kRows, queries_));
         prefetch(args_.k, next, k0 + r - begin, min(k0 + r - begin + P::kRows, keys_));
         prefetch(args_.v, next, k0 + r - begin, min(k0 + r - begin + P::kRows, keys_));
         score(w, q.rows + (r - begin) * q.ld, q.ld, rows, keys);
-        softmax(w, bias, r - begin, rows, r, k0, keys);
-        weigh(w, r - begin, rows, keys, k0 > 0, at(args_.out, sample, r, head));
-        if (k0 + keys == keys_) finish(w, sample, head, begin, r, r + rows);
+        softmax(w, bias, row, rows, r, k0, keys);
+        weigh(w, row, rows, keys, k0 > 0, to);
+        if (k0 + keys == keys_) finish(w, row, rows, to);
       }
     }
   }
@@ -388,26 +393,24 @@ class Attention {
     const Rows result(args_.out, args_.out.stride[1]), out(w.out, DType::kF32, ldo_);
     for (int64_t i = 0; i < panels_.count; ++i) {
       const int64_t d = panels_.first(i) * kLanes, width = panels_.width(i) * kLanes;
-      Prefetch prefetch;
+      PrefetchTile prefetch;
       prefetch.tiles[0] = out.tile(row * ldo_ + d, width);
       prefetch.tiles[1] = result.tile(to + d, width);
-      MicroKernels<P>::get(rows, panels_.width(i))(ceil_div(keys, P::kPair), p, ldp_,
-                                                   value_panel(w, i), w.out + row * ldo_ + d, ldo_,
-                                                   accumulate, {}, prefetch);
+      MicroKernels<P, PrefetchTile>::get(rows, panels_.width(i))(
+          ceil_div(keys, P::kPair), p, ldp_, value_panel(w, i), w.out + row * ldo_ + d, ldo_,
+          accumulate, {}, prefetch);
     }
   }
 
-  // Rows first .. last of a block that begins at `begin`.
-  void finish(const Worker<P>& w, int64_t sample, int64_t head, int64_t begin, int64_t first,
-              int64_t last) const {
+  // The held rows from `row` on, to args_.out.
+  void finish(const Worker<P>& w, int64_t row, int64_t rows, int64_t to) const {
     const Rows out(args_.out, 0);
-    for (int64_t i = first; i < last; ++i) {
-      const float sum = w.row_sum[i - begin];
+    for (int64_t i = row; i < row + rows; ++i, to += args_.out.stride[1]) {
+      const float sum = w.row_sum[i];
       const f32v inverse = set1(sum == 0.0f ? 0.0f : 1.0f / sum);
-      const float* row = w.out + (i - begin) * ldo_;
-      const int64_t offset = at(args_.out, sample, i, head);
+      const float* values = w.out + i * ldo_;
       for (int64_t d = 0; d < head_dim_; d += kLanes) {
-        out.store_at(offset + d, load(row + d) * inverse, head_dim_ - d);
+        out.store_at(to + d, load(values + d) * inverse, head_dim_ - d);
       }
     }
   }
@@ -417,7 +420,8 @@ class Attention {
   const Panels panels_;
   const bool in_place_;  // is q read where it lies?
   const float scale_;    // of scores without bias, in powers of two
-  int64_t chunk_ = 0, block_ = 0;
+  // Keys and queries at a time, and queries whose sums are held: while there are more keys, all.
+  int64_t chunk_ = 0, block_ = 0, held_ = 0;
   int64_t ldq_ = 0, lds_ = 0, ldp_ = 0, ldo_ = 0;
 };
 

@@ -27,20 +27,36 @@ namespace fastvit::cpu::FASTVIT_ISA {
 // ---- Micro-kernel -------------------------------------------------------------------------------
 
 // What the micro-kernel fetches in passing, a little every kUnroll steps, because all at once would
-// stall. Into L2: the P::kRows of A that come next, and the weights that will be packed next (at
-// step s, byte s * step of `count` rows). Into L1, towards the end, for writing: the rows that the
-// epilogue of this tile will write or read. Stores retire in order, so each one that missed L1
-// would hold up the next tile's.
-struct Prefetch {
+// stall.
+
+// Into L1, towards the end, for writing: the rows that the epilogue of this tile will write or
+// read. Stores retire in order, so each one that missed L1 would hold up the next tile's.
+struct PrefetchTile {
   static constexpr int kUnroll = 8;
   // How many times kUnroll steps the tile's last row comes before the end: some 400 cycles, in
   // which it arrives from L3, and soon enough not to be gone again from L1.
   static constexpr int kLead = 4;
 
+  TileRows tiles[2] = {};
+
+  template <class P, int MR>
+  FASTVIT_INLINE_METHOD void at(int64_t s, int64_t steps, const typename P::Element*,
+                                int64_t) const {
+    const int64_t row = (steps - s) / kUnroll - 1 - kLead;
+    if (row < 0 || row >= MR) return;
+    for (const TileRows& tile : tiles) {
+      const char* line = tile.rows + row * tile.ld;
+      for (int64_t b = 0; b < tile.bytes; b += 64) __builtin_prefetch(line + b, 1, 3);
+    }
+  }
+};
+
+// Into L2 as well: the P::kRows of A that come next, and the weights that will be packed next (at
+// step s, byte s * step of `count` rows).
+struct Prefetch : PrefetchTile {
   const char* weights = nullptr;
   int64_t ld = 0, step = 0;  // bytes
   int64_t count = 0;
-  TileRows tiles[2] = {};
 
   template <class P, int MR>
   FASTVIT_INLINE_METHOD void at(int64_t s, int64_t steps, const typename P::Element* a,
@@ -49,13 +65,7 @@ struct Prefetch {
     const typename P::Element* next = a + (P::kRows + (s / kUnroll & 1)) * lda;
     for (int i = 0; i < P::kRows; i += 2) __builtin_prefetch(next + i * lda, 0, 2);
     for (int64_t i = 0; i < count; ++i) __builtin_prefetch(weights + i * ld + s * step, 0, 2);
-    const int64_t row = (steps - s) / kUnroll - 1 - kLead;
-    if (0 <= row && row < MR) {
-      for (const TileRows& tile : tiles) {
-        const char* line = tile.rows + row * tile.ld;
-        for (int64_t b = 0; b < tile.bytes; b += 64) __builtin_prefetch(line + b, 1, 3);
-      }
-    }
+    PrefetchTile::at<P, MR>(s, steps, a, lda);
   }
 };
 
@@ -405,7 +415,7 @@ struct Weight {
     int64_t first = part * share, end = cols;
     if (gated && first >= cols) first += n - cols, end = n + cols;
     const char* at = static_cast<const char*>(data) + ((col + first) * ld + k0) * size;
-    return {at, ld * size, P::kPair * size, max(min(share, end - first), 0), {}};
+    return {{}, at, ld * size, P::kPair * size, max(min(share, end - first), 0)};
   }
 };
 
