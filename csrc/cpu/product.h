@@ -2,18 +2,18 @@
 //
 //   for each block of rows of A                        (bounded scratch, usually one block)
 //     all threads: source fills the packed rows of A   LayerNorm, im2col, quantisation or a copy
-//                                                      happens here, unless another product left
-//                                                      them packed
-//     all threads: for each (row chunk, panel) task
-//       for each chunk of K                            sized so that the packed panel stays in L2
-//         pack the panel's weights                     64 columns x kc
-//         for each group of 6 rows                     32, where the product is one by AMX tiles
+//                                                      happens here, unless they can be read where
+//                                                      they lie
+//     all threads: for each strip of one or two panels (of the last strips, for pieces of the rows)
+//       for each chunk of K                            sized so that the packed panels stay in L2
+//         pack the panels' weights                     64 columns x kc each
+//         for each group of 6 rows and panel           32, where the product is one by AMX tiles
 //           micro-kernel: 6 x 64 tile                  24 accumulators, B from L2, A from L1
 //           after the last chunk: epilogue(tile)       bias, activation, residual, store
 //
-// Why so: the panel is stationary and A streams past it at 24 bytes a step, which even L3 delivers,
+// Why so: panels are stationary and A streams past them at 24 bytes a step, which even L3 delivers,
 // so the same loop serves 1 and 100,000 rows. Weights are packed inside the call: it costs as much
-// as kPackRows rows, needs one panel of memory per thread, and can never be stale.
+// as kPackRows rows, needs a panel or two of memory per thread, and can never be stale.
 
 #pragma once
 
@@ -298,21 +298,21 @@ static int64_t split_rows(int64_t rows, int64_t tasks, int threads) {
   return best;
 }
 
-// The tasks of a product: a panel and all rows, and of the last panels, one for each thread, pieces
-// of the rows, so that all threads finish together.
+// The tasks of a product: a strip of columns and all rows; and of the last strips, one for each
+// thread, pieces of the rows, so that all threads finish together.
 struct Tasks {
   int64_t rows, whole, pieces, piece_rows, count;
 
   template <class P>
-  static Tasks of(int64_t rows, int64_t panels, int threads) {
-    const int64_t last = min(panels, threads);
+  static Tasks of(int64_t rows, int64_t strips, int threads) {
+    const int64_t last = min(strips, threads);
     const int64_t most = split_rows<P>(rows, last, threads);
     const int64_t piece_rows = round_up(ceil_div(rows, most), P::kRows);
     const int64_t pieces = ceil_div(rows, piece_rows);
-    return {rows, panels - last, pieces, piece_rows, panels - last + last * pieces};
+    return {rows, strips - last, pieces, piece_rows, strips - last + last * pieces};
   }
 
-  int64_t panel(int64_t task) const {
+  int64_t strip(int64_t task) const {
     return task < whole ? task : whole + (task - whole) / pieces;
   }
   int64_t begin(int64_t task) const {
@@ -377,12 +377,20 @@ struct Carver {
   }
 };
 
+// Columns col .. col + cols of the weight, packed.
+template <class P>
+struct Panel {
+  typename P::Element* data;
+  const float* scales;
+  int64_t col, cols, vectors;
+};
+
 // One thread's memory in a product.
 template <class P>
 struct ProductWorker {
-  typename P::Element* panel;
+  typename P::Element* panels;
   float* partial;  // results of the K chunks so far
-  float* scales;   // of a gated panel's columns
+  float* scales;   // of gated panels' columns
   int64_t bytes;   // of all of these
 };
 
@@ -478,18 +486,21 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
   const int64_t block_rows = kIsPacked<Source> ? round_up(m, kRows) : packed_rows<P>(m, w.k);
 
   const int64_t panel_columns = w.panel_columns();
-  const int64_t panels = ceil_div(w.n, panel_columns);
-  const Tasks tasks = Tasks::of<P>(min(block_rows, m), panels, threads);
-
   const int64_t panel_elements = (kc / P::kPair + P::kHasSums) * kPanel * P::kPair;
+  // A task takes two panels where both stay in L2: A then comes from L3 half as often.
+  const int64_t panel_bytes = panel_elements * static_cast<int64_t>(sizeof(Element));
+  const int64_t wide = k_chunks == 1 && 2 * panel_bytes <= caches.l2 / 2 ? 2 : 1;
+  const int64_t strips = ceil_div(w.n, wide * panel_columns);
+  const Tasks tasks = Tasks::of<P>(min(block_rows, m), strips, threads);
+
   const int64_t partial_rows =
       k_chunks > 1 ? round_up(tasks.whole ? tasks.rows : tasks.piece_rows, kRows) : kRows;
   const auto carve = [&](char* base) {
     Carver take{base};
     ProductWorker<P> worker;
-    worker.panel = take.array<Element>(panel_elements);
+    worker.panels = take.array<Element>(wide * panel_elements);
     worker.partial = take.array<float>(partial_rows * kPanel);
-    worker.scales = take.array<float>(P::kQuantized && w.gated ? kPanel : 0);
+    worker.scales = take.array<float>(P::kQuantized && w.gated ? wide * kPanel : 0);
     worker.bytes = take.used;
     return worker;
   };
@@ -512,35 +523,49 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
   }
   auto* workers = static_cast<char*>(scratch(Slot::kWorkers, worker_bytes * threads));
 
-  // Tasks are handed out in order, so a thread's next one is probably `threads` further on.
-  const auto next_column = [&](int64_t task) {
-    return tasks.panel(task + threads) * panel_columns;
+  const auto column = [&](int64_t task, int64_t i) {
+    return (tasks.strip(task) * wide + i) * panel_columns;
   };
 
   const auto run_task = [&](int64_t block, int64_t block_size, int64_t task,
                             const ProductWorker<P>& worker) {
-    const int64_t col = tasks.panel(task) * panel_columns, cols = min(panel_columns, w.n - col);
+    Panel<P> panels[2];
+    int64_t count = 0;
+    for (; count < wide; ++count) {
+      const int64_t col = column(task, count);
+      if (col >= w.n) break;
+      const int64_t cols = min(panel_columns, w.n - col);
+      float* room = worker.scales + count * kPanel;
+      panels[count] = {worker.panels + count * panel_elements, panel_scales<P>(w, col, cols, room),
+                       col, cols, 0};
+    }
     const int64_t begin = tasks.begin(task), end = min(tasks.end(task), block_size);
     if (begin >= end) return;
     const int64_t groups = ceil_div(end - begin, kRows);
-    const float* column_scales = panel_scales<P>(w, col, cols, worker.scales);
     int64_t k0 = 0;
     do {  // once even for K == 0: the epilogue still has a bias to store
       const int64_t k = min(kc, w.k - k0), next = k0 + kc;
-      const int64_t vectors = pack_panel<P>(w, col, cols, k0, k, worker.panel);
+      for (int64_t i = 0; i < count; ++i) {
+        Panel<P>& p = panels[i];
+        p.vectors = pack_panel<P>(w, p.col, p.cols, k0, k, p.data);
+      }
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t r = begin + g * kRows, mr = min(kRows, end - r);
         float* tile = worker.partial + (k_chunks > 1 ? g * kRows * kPanel : 0);
-        Prefetch prefetch = next < w.k ? w.prefetch<P>(col, next, g, groups)
-                                       : w.prefetch<P>(next_column(task), 0, g, groups);
-        Scales scales;
-        if (next >= w.k) {
-          epilogue.prefetch(block + r, col, prefetch.tiles);
-          if constexpr (P::kQuantized) scales = {row_scales + r, column_scales};
+        for (int64_t i = 0; i < count; ++i) {
+          const Panel<P>& p = panels[i];
+          // Tasks are handed out in order: a thread's next one is probably `threads` further on.
+          Prefetch prefetch = next < w.k ? w.prefetch<P>(p.col, next, g, groups)
+                                         : w.prefetch<P>(column(task + threads, i), 0, g, groups);
+          Scales scales;
+          if (next >= w.k) {
+            epilogue.prefetch(block + r, p.col, prefetch.tiles);
+            if constexpr (P::kQuantized) scales = {row_scales + r, p.scales};
+          }
+          MicroKernels<P>::get(mr, p.vectors)(ceil_div(k, P::kPair), rows + r * lda + k0, lda,
+                                              p.data, tile, kPanel, k0 > 0, scales, prefetch);
+          if (next >= w.k) epilogue(tile, block + r, mr, p.col, p.cols);
         }
-        MicroKernels<P>::get(mr, vectors)(ceil_div(k, P::kPair), rows + r * lda + k0, lda,
-                                          worker.panel, tile, kPanel, k0 > 0, scales, prefetch);
-        if (next >= w.k) epilogue(tile, block + r, mr, col, cols);
       }
       k0 = next;
     } while (k0 < w.k);
