@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,11 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    facts = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
+    name = facts.get("model name", platform.machine())
+    if not re.search(r"\d", name) and {"cpu family", "model"} <= facts.keys():  # a virtual machine may hide the rest
+        name += f" family {facts['cpu family']} model {facts['model']}"
+    return name
 
 
 def _openmp() -> dict[str, Any]:
