@@ -3,9 +3,9 @@
 // A panel holds `vectors` x kLanes columns. Step s of it is one contiguous line of that many 32-bit
 // units, a unit being kPair consecutive k of one column (f32: 1, bf16: 2, int8: 4). Packing
 // transposes in registers, kLanes columns by kLanes steps at a time, and converts the dtype on the
-// way. It costs about as much as 4 rows of the product, which is why nothing packed is ever kept
-// between calls. For products by tiles, whose B tile is 16 steps of 16 columns, zeros fill up the
-// last 16 steps.
+// way. It costs about as much as 4 to 10 rows of the product, which is why nothing packed is ever
+// kept between calls. For products by tiles, whose B tile is 16 steps of 16 columns, zeros fill up
+// the last 16 steps.
 
 #pragma once
 
