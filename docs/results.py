@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-RECORD = Path(__file__).parent.parent / "benchmarks/results/amd-epyc-avx512-bf16/cpu.json"
+RECORD = Path(__file__).parent.parent / "benchmarks/results/amd-epyc-family-26-model-2-avx512-bf16/cpu.json"
 
 
 # In the order of the columns; a peer without this precision has a dash.
