@@ -13,7 +13,7 @@ struct Activate {
   Rows out;
   const float* bias;
 
-  void prefetch(int64_t row, int64_t col, TileRows (&tiles)[2]) const {
+  void prefetch(int64_t row, int64_t col, Tiles& tiles) const {
     tiles[0] = out.tile(row * out.ld + col, kPanel);
   }
 
@@ -55,7 +55,7 @@ struct SwiGlu {
   const float* bias;
   const float* value_bias;
 
-  void prefetch(int64_t row, int64_t col, TileRows (&tiles)[2]) const {
+  void prefetch(int64_t row, int64_t col, Tiles& tiles) const {
     tiles[0] = out.tile(row * out.ld + col, kPanel / 2);
   }
 
@@ -105,7 +105,7 @@ struct AddResidual {
   int64_t rows_per_sample;
   int64_t first_row = 0;  // of the tensor, where `out` begins
 
-  void prefetch(int64_t row, int64_t col, TileRows (&tiles)[2]) const {
+  void prefetch(int64_t row, int64_t col, Tiles& tiles) const {
     tiles[0] = residual.tile(row * residual.ld + col, kPanel);
     tiles[1] = out.tile(row * out.ld + col, kPanel);
   }

@@ -109,7 +109,7 @@ struct AddPosition {
     return row / count * sample_stride + (prefix + row % count) * out.ld;
   }
 
-  void prefetch(int64_t row, int64_t col, TileRows (&tiles)[2]) const {
+  void prefetch(int64_t row, int64_t col, Tiles& tiles) const {
     tiles[0] = out.tile(offset(row) + col, kPanel);
   }
 

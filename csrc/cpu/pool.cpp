@@ -56,7 +56,7 @@ struct AddBias {
   Rows out;
   const float* bias;
 
-  void prefetch(int64_t row, int64_t col, TileRows (&tiles)[2]) const {
+  void prefetch(int64_t row, int64_t col, Tiles& tiles) const {
     tiles[0] = out.tile(row * out.ld + col, kPanel);
   }
 

@@ -29,15 +29,16 @@ namespace fastvit::cpu::FASTVIT_ISA {
 // What the micro-kernel fetches in passing, a little every kUnroll steps, because all at once would
 // stall.
 
-// Into L1, towards the end, for writing: the rows that the epilogue of this tile will write or
-// read. Stores retire in order, so each one that missed L1 would hold up the next tile's.
+// Into L1, towards the end, for writing: this tile, which a panel's passing has driven out, and
+// what its epilogue will write or read. Stores retire in order, so each one that missed L1 would
+// hold up the next tile's.
 struct PrefetchTile {
   static constexpr int kUnroll = 8;
   // How many times kUnroll steps the tile's last row comes before the end: some 400 cycles, in
   // which it arrives from L3, and soon enough not to be gone again from L1.
   static constexpr int kLead = 4;
 
-  TileRows tiles[2] = {};
+  Tiles tiles = {};
 
   template <class P, int MR>
   FASTVIT_INLINE_METHOD void at(int64_t s, int64_t steps, const typename P::Element*,
@@ -557,6 +558,10 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
           // Tasks are handed out in order: a thread's next one is probably `threads` further on.
           Prefetch prefetch = next < w.k ? w.prefetch<P>(p.col, next, g, groups)
                                          : w.prefetch<P>(column(task + threads, i), 0, g, groups);
+          if (k_chunks == 1) {  // more tiles than one are too many for L1
+            prefetch.tiles[2] = {reinterpret_cast<const char*>(tile), kPanel * sizeof(float),
+                                 p.vectors * kLanes * static_cast<int64_t>(sizeof(float))};
+          }
           Scales scales;
           if (next >= w.k) {
             epilogue.prefetch(block + r, p.col, prefetch.tiles);

@@ -13,6 +13,9 @@ struct TileRows {
   int64_t ld = 0, bytes = 0;
 };
 
+// What finishing a tile touches: two of the epilogue's, and the tile itself.
+using Tiles = TileRows[3];
+
 // Rows of f32 or bf16, addressed in elements. The dtype is a predictable branch per vector.
 struct Rows {
   void* data;
