@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastvit.adapters.parts import PLAIN, block_obstacle, is_published, run_block
+from fastvit.adapters.parts import PLAIN, block_obstacle, explain, is_published, run_block
 from fastvit.nn._listeners import descendants
 from fastvit.ops import use_backend
 
@@ -88,13 +88,15 @@ def _run_both_ways(twin: nn.Module, adapter: Any) -> Proof:
         torch.manual_seed(1)
         actual = run_block(parts, x)
     except Exception as error:
-        return Proof(f"the operators can't express it ({error})")
+        return Proof(f"the operators can't express it ({explain(error)})")
     before = [dict(m.__dict__) for m in twin.modules()]
+    required = _required(type(twin))
     try:
         torch.manual_seed(1)
-        expected = type(twin).forward(twin, x, *_required_masks(type(twin)))
+        expected = type(twin).forward(twin, x, *[None] * len(required))
     except Exception as error:
-        return Proof(f"its forward needs more than hidden states ({type(error).__name__})")
+        more = ", ".join(required) or type(error).__name__
+        return Proof(f"its forward needs more than hidden states ({more})")
     returns_tuple = isinstance(expected, tuple)
     if isinstance(expected, tuple) and len(expected) == 1:
         expected = expected[0]
@@ -135,7 +137,7 @@ def _random_copy(block: nn.Module) -> nn.Module:
     return twin
 
 
-def _required_masks(cls: type[nn.Module]) -> list[None]:
-    """A None for each parameter after the hidden states that has no default: in a block these are masks."""
+def _required(cls: type[nn.Module]) -> list[str]:
+    """The parameters after the hidden states that have no default: in a block these are masks, and may be None."""
     parameters = list(inspect.signature(cls.forward).parameters.values())[2:]
-    return [None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]

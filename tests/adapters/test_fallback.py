@@ -308,11 +308,105 @@ def test_text_towers(family):
             actual = tensors(fastvit.optimize(model)(**inputs, **extra))
         for key in expected:
             assert relative_l2(actual[key], expected[key]) < 1e-4, key
-        assert not any("vision" in path for path in reasons(model))
-        if extra:
-            assert all("text" in path for path in reasons(model))
-            assert len(reasons(model)) == 2
+        rows = [r for r in fastvit.report(model).rows if r.path.startswith("text_model.")]
+        assert len(rows) == 2
+        if family == "CLIP":
+            assert all(r.status == "left" and "calls it with a causal mask" in r.detail for r in rows)
+        else:
+            assert all(r.status == ("fallback" if extra else "fused") for r in rows)
+        assert reasons(model).keys() <= {r.path for r in rows}
         fastvit.restore(model)
+
+
+def timm_model(name, **options):
+    return import_library("timm").create_model(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("vit_pe_core_tiny_patch16_384", "Eva calls it with rope"),
+        ("vit_pe_spatial_tiny_patch16_512", "Eva calls it with rope"),
+        ("vit_srelpos_small_patch16_224", "VisionTransformerRelPos calls it with shared_rel_pos"),
+    ],
+)
+def test_blocks_that_are_always_called_with_more_are_left(name, reason):
+    model = nasty.randomize(timm_model(name, depth=2, img_size=64)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = run(model, x)
+    with pytest.raises(fastvit.UnsupportedModelError, match=reason):
+        fastvit.optimize(model, strict=True)
+    assert [r.status for r in fastvit.report(model).rows if r.path.startswith("blocks")] == ["left"] * 2
+    actual = run(fastvit.optimize(model), x)
+    assert all(torch.equal(actual[k], expected[k]) for k in expected)
+    assert [r.detail for r in fastvit.report(model).rows if r.path.startswith("blocks")] == [reason] * 2
+
+
+def test_a_model_without_its_optional_rotation_is_served():
+    model = timm_model("vit_pe_core_tiny_patch16_384", depth=2, img_size=64, use_rot_pos_emb=False)
+    x = torch.randn(1, 3, 64, 64)
+    fastvit.optimize(nasty.randomize(model).eval(), strict=True)
+    assert agree(model, x)
+    assert not reasons(model)
+
+
+def test_a_mask_that_the_model_requires():
+    """Siglip2 fills images of several shapes up to as many patches: the rest is masked."""
+    transformers = import_library("transformers")
+    config = transformers.Siglip2VisionConfig(**{**zoo.HF, "image_size": None}, num_patches=16)
+    model = nasty.randomize(transformers.Siglip2VisionModel(config)).eval()
+    with pytest.raises(fastvit.UnsupportedModelError, match=r"requires .*mask, and what it masks needs the original"):
+        fastvit.optimize(model, strict=True)
+    x, mask = torch.randn(1, 16, 192), torch.ones(1, 16, dtype=torch.int32)
+    mask[:, 12:] = 0
+    assert agree(fastvit.optimize(model), x, pixel_attention_mask=mask, spatial_shapes=torch.tensor([[3, 4]]))
+    assert all(r == "original forward: called with attention_mask" for r in reasons(model).values())
+    assert len(reasons(model)) == 2
+    details = [r.detail for r in fastvit.report(fastvit.optimize(fastvit.restore(model))).rows if "layers" in r.path]
+    assert all("; Siglip2Vision" in d and "what it masks needs the original forward" in d for d in details)
+
+
+def test_what_a_larger_model_requires_is_none_of_its_tower():
+    class Captioner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit, self.rope, self.attn_mask = zoo.make("timm vit"), nn.Identity(), nn.Identity()
+
+        def forward(self, x, attn_mask):
+            return self.vit(x)
+
+    model = fastvit.optimize(Captioner(), strict=True)
+    assert [r.status for r in fastvit.report(model).rows] == ["fused"] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda b: b.mlp.fc1.register_forward_hook(lambda *a: None), "forward hook on Linear"),
+        (lambda b: b.mlp.fc1.bfloat16(), "a weight is torch.bfloat16"),
+        (lambda b: b.norm2.to("meta"), "on meta, but"),
+        (lambda b: setattr(b.norm1, "forward", lambda x: x), "forward of LayerNorm was replaced"),
+    ],
+)
+def test_what_sends_every_call_to_the_original_forward_is_told_before_one(change, reason):
+    model = zoo.make("timm vit layer scale")
+    change(model.blocks[0])
+    with pytest.raises(fastvit.UnsupportedModelError, match="1 transformer blocks can't be replaced") as error:
+        fastvit.optimize(model, strict=True)
+    assert reason in str(error.value)
+    assert reason in fastvit.report(model).rows[0].detail
+
+
+def test_the_report_foresees_hooks_and_dropout():
+    model = nasty.randomize(zoo.timm(proj_drop_rate=0.5)()).eval()
+    fastvit.optimize(model, strict=True)
+    assert not reasons(model)
+    handle = model.blocks[0].mlp.fc1.register_forward_hook(lambda *a: None)
+    assert reasons(model) == {"blocks.0": "original forward: forward hook on Linear"}
+    handle.remove()
+    assert not reasons(model)
+    model.train()
+    assert set(reasons(model).values()) == {"original forward: dropout in training"}
 
 
 # ---- Blocks that look alike ------------------------------------------------------------------------
@@ -444,10 +538,6 @@ def test_a_forward_on_a_block_instance_is_left():
     assert "replaced on the instance" in fastvit.report(model).skipped[0].detail
 
 
-def timm_model(name, **options):
-    return import_library("timm").create_model(name, **options)
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -471,6 +561,39 @@ def test_other_architectures_are_left_with_a_reason(make):
     assert all(len(r.detail) > 10 for r in skipped)
     with pytest.raises(fastvit.UnsupportedModelError, match="transformer blocks can't be replaced"):
         fastvit.optimize(model, strict=True)
+
+
+def inner(cls, make):
+    return next(m for m in make().modules() if type(m).__name__ == cls)
+
+
+class NoHeads(Attention):
+    def __init__(self, dim, num_heads):
+        super().__init__(dim, num_heads)
+        del self.num_heads
+
+
+class Sized(Block):
+    def forward(self, x, size, window):
+        return super().forward(x).view(-1, *size, 64)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Block(attention=NoHeads), "NoHeads has no num_heads, which its adapter needs"),
+        (Sized, "its forward needs more than hidden states (size, window)"),
+        (
+            lambda: timm_model("hiera_tiny_224", stages=(1, 1, 1, 1)).blocks[0],
+            "MaskUnitAttention has no num_heads, which its adapter needs",
+        ),
+        (lambda: inner("DINOv3ViTLayer", zoo.hf("DINOv3ViTModel", "DINOv3ViTConfig")), "MLP projection is missing"),
+    ],
+)
+def test_reasons_are_sentences(make, reason):
+    block = make()
+    assert type(fastvit.optimize(block)) is type(block)
+    assert fastvit.report(block).rows[0].detail == reason
 
 
 @pytest.mark.parametrize("name", ["timm siglip", "hf siglip"])
