@@ -255,9 +255,9 @@ def dropout(module: nn.Module) -> Dropout:
 LIBRARIES = ("timm", "transformers", "torchvision", "fastvit", "torch")
 
 
-def is_published(cls: type) -> bool:
-    """Does a library define the class, whose settings are known here?"""
-    return cls.__module__.partition(".")[0] in LIBRARIES
+def is_published(defined: Any) -> bool:
+    """Does a library define this class, whose settings are known here, or this function?"""
+    return defined.__module__.partition(".")[0] in LIBRARIES
 
 
 def own_numbers(modules: Iterable[object]) -> tuple[tuple[tuple[str, Any], ...], ...]:

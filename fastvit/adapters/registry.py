@@ -101,7 +101,7 @@ def _judge_match(module: nn.Module, adapter: Any, path: str, model: nn.Module) -
             read_activation(parts.activation)
     except (NotServed, AttributeError) as error:
         return Verdict(reason=explain(error))
-    proof = probe(module, adapter)
+    proof = probe(module, adapter, model)
     if proof.obstacle is not None:
         return Verdict(reason=proof.obstacle)
     inner = descendants(module)

@@ -514,6 +514,83 @@ def test_each_factor_in_a_class_of_ones_own_is_tried(factor, reason):
     assert reason in rows[1].detail
 
 
+class Conditional(Block):
+    """Computes something else where `condition(x)`."""
+
+    def __init__(self, condition):
+        super().__init__()
+        self.condition = condition
+
+    def forward(self, x):
+        return super().forward(x) * (1.5 if self.condition(x) else 1.0)
+
+
+class Positions(nn.Module):
+    """Adds position embeddings to patches, and registers in front."""
+
+    def __init__(self, block, positions, registers=0):
+        super().__init__()
+        self.block = block
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions, 64))
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, 64)) if registers else None
+
+    def forward(self, x):
+        x = x + self.pos_embed
+        return self.block(x if self.reg_token is None else torch.cat([self.reg_token.expand(len(x), -1, -1), x], 1))
+
+
+@pytest.mark.parametrize(
+    ("condition", "reason"),
+    [
+        (lambda x: x.shape[1] > 5, " with 8 tokens"),
+        (lambda x: x.shape[1] % 2 == 0, " with 8 tokens"),
+        (lambda x: x.shape[1] > 100, " with 197 tokens"),
+        (lambda x: len(x) == 1, " with 8 tokens"),
+        (lambda x: x.amax() > 50.0, " with 8 tokens"),
+        (lambda x: x.dtype is torch.float32, ""),
+        (lambda x: x.dtype is torch.bfloat16, " in torch.bfloat16"),
+        (lambda x: len(x) == 3, " in torch.bfloat16"),
+    ],
+)
+def test_what_depends_on_the_input_beyond_its_values_is_left(condition, reason):
+    block = nasty.randomize(Conditional(condition)).eval()
+    inputs = [
+        torch.randn(b, n, 64).to(dtype)
+        for b, n, dtype in [(1, 4, torch.float32), (2, 7, torch.float32), (2, 120, torch.float32)]
+    ]
+    inputs.append(inputs[1] * 100.0)
+    expected = [block(x) for x in inputs]
+    fastvit.optimize(block)
+    for x, y in zip(inputs, expected, strict=True):
+        assert relative_l2(block(x), y) < 1e-5
+    (row,) = fastvit.report(block).rows
+    assert row.status == "left"
+    assert f"its forward computes something else{reason}" in row.detail
+
+
+@pytest.mark.parametrize(("positions", "registers", "tokens"), [(49, 4, 53), (50, 0, 50), (49, 0, 49)])
+def test_what_a_block_computes_of_the_number_of_tokens_that_its_model_feeds(positions, registers, tokens):
+    model = Positions(nasty.randomize(Conditional(lambda x: x.shape[1] == tokens)), positions, registers).eval()
+    x = torch.randn(2, positions, 64)
+    expected = model(x)
+    assert relative_l2(fastvit.optimize(model)(x), expected) < 1e-5
+    assert f"computes something else with {tokens} tokens" in fastvit.report(model).rows[0].detail
+
+
+def test_a_block_that_takes_no_bfloat16_is_served():
+    class Picky(Block):
+        def forward(self, x):
+            if x.dtype is torch.bfloat16:
+                raise TypeError("no bfloat16")
+            return super().forward(x)
+
+    block = nasty.randomize(Picky()).eval()
+    x = torch.randn(2, 17, 64)
+    expected = block(x)
+    fastvit.optimize(block, strict=True)
+    assert relative_l2(block(x), expected) < 1e-5
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_factor_in_a_class_of_ones_own_that_changes_afterwards(compiled):
     model = fastvit.optimize(nasty.randomize(nn.Sequential(Scaled(0.0), Scaled(0.0))).eval(), strict=True)
