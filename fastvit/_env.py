@@ -59,22 +59,25 @@ def _cpu() -> dict[str, Any]:
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "compiled_isas": _build_record().get("isas", []) if ext else [],
         "supported_isas": ext.supported_isas() if ext else [],
-        "isa": ext.isa() if ext else None,
-        "isa_why": _isa_why(ext),
+        **_isa(ext),
     }
 
 
-def _isa_why(ext: Any) -> str:
+def _isa(ext: Any) -> dict[str, str | None]:
+    """The instruction set in use and why it is; None where there is none."""
     if ext is None:
-        return "no C++ extension"
-    wanted, supported = os.environ.get("FASTVIT_CPU_ISA"), ext.supported_isas()
-    if wanted and wanted not in supported:
-        return f"FASTVIT_CPU_ISA={wanted} is ignored: accepted here are {', '.join(supported)}"
-    if wanted == ext.isa():
-        return "FASTVIT_CPU_ISA asks for it"
-    if ext.isa() == supported[-1]:
-        return "the best that this CPU and the build support"
-    return "set_isa chose it"
+        return {"isa": None, "isa_why": "no C++ extension"}
+    try:
+        isa = ext.isa()
+    except RuntimeError as error:  # FASTVIT_CPU_ISA names one that can't be had
+        return {"isa": None, "isa_why": str(error)}
+    if isa == os.environ.get("FASTVIT_CPU_ISA"):
+        why = "FASTVIT_CPU_ISA asks for it"
+    elif isa == ext.supported_isas()[-1]:
+        why = "the best that this CPU and the build support"
+    else:
+        why = "set_isa chose it"
+    return {"isa": isa, "isa_why": why}
 
 
 def _cpu_name() -> str:

@@ -1,5 +1,5 @@
 // The dispatch table: every level that was compiled, looked up in what the machine supports.
-// FASTVIT_CPU_ISA lowers the choice.
+// FASTVIT_CPU_ISA chooses another.
 //
 // The build defines FASTVIT_LEVELS(X) as X(level) X(level) ... of the levels that it compiled, from
 // the plainest to the best.
@@ -52,10 +52,12 @@ class Table {
       if (name == "amx" && !tile_registers_granted()) continue;
       levels_.push_back(&level);
     }
-    current_ = levels_.back();  // the plainest level needs nothing
-    // An unknown or unsupported name must not break the import: the best level stays.
-    if (const char* wanted = std::getenv("FASTVIT_CPU_ISA")) {
-      if (const Level* level = find(wanted)) current_ = level;
+    const char* wanted = std::getenv("FASTVIT_CPU_ISA");
+    if (wanted != nullptr && *wanted != 0) {
+      current_ = find(wanted);
+      if (current_ == nullptr) refused_ = wanted;
+    } else {
+      current_ = levels_.back();  // the plainest level needs nothing
     }
   }
 
@@ -67,12 +69,23 @@ class Table {
   }
 
   const std::vector<const Level*>& levels() const { return levels_; }
-  const Level& current() const { return *current_.load(std::memory_order_relaxed); }
+  // A name in FASTVIT_CPU_ISA that is not accepted must not break the import, but all that runs.
+  const Level& current() const {
+    const Level* level = current_.load(std::memory_order_relaxed);
+    if (level == nullptr) throw std::runtime_error(refusal("FASTVIT_CPU_ISA", refused_));
+    return *level;
+  }
+  std::string refusal(const std::string& argument, const std::string& name) const {
+    std::string accepted;
+    for (const Level* level : levels_) accepted += std::string(" ") + level->name;
+    return argument + "='" + name + "' is not supported by this machine; accepted:" + accepted;
+  }
   void choose(const Level* level) { current_.store(level, std::memory_order_relaxed); }
 
  private:
   std::vector<const Level*> levels_;  // supported here
   std::atomic<const Level*> current_{nullptr};
+  std::string refused_;  // what FASTVIT_CPU_ISA asks for in vain
 };
 
 Table& table() {
@@ -94,12 +107,7 @@ std::vector<std::string> supported_isas() {
 
 void set_isa(const std::string& name) {
   const Level* level = table().find(name);
-  if (level == nullptr) {
-    std::string accepted;
-    for (const std::string& each : supported_isas()) accepted += " " + each;
-    throw std::invalid_argument("isa='" + name +
-                                "' is not supported by this machine; accepted:" + accepted);
-  }
+  if (level == nullptr) throw std::invalid_argument(table().refusal("isa", name));
   table().choose(level);
 }
 

@@ -87,13 +87,15 @@ def optimize(
             beyond its `forward`.  Outputs are the caller's own.  Whatever a graph can't serve runs as it does without
             (`report` says how often and why).  Graphs take memory for the activations of each bucket, are no part of
             copies, pickles and the state_dict, and go with `restore`.
-        strict: raise instead of leaving any transformer block as it was; the model is then unchanged.
+        strict: raise instead of leaving any transformer block as it was, or replacing one whose calls would run the
+            original forward as things stand (a hook inside, a mask that the model requires); the model is then
+            unchanged.
 
     Returns:
         The same object.
 
     Raises:
-        UnsupportedModelError: `strict`, and a block can't be replaced or there is none.
+        UnsupportedModelError: `strict`, and a block can't be replaced or would not be used, or there is none.
         TypeError, ValueError: an argument is not accepted, or `quantize` is given for a model that is not on the CPU.
     """
     if not isinstance(model, nn.Module):
@@ -111,7 +113,7 @@ def optimize(
     for path, module in model.named_modules():
         if is_fused(module):
             continue
-        if verdict := judge_block(module):
+        if verdict := judge_block(module, path, model):
             blocks[path] = (module, verdict)
         elif verdict := judge_patch_conv(path, module) or judge_classifier(module):
             others.append((module, verdict))
@@ -239,7 +241,7 @@ def _private(module: nn.Module) -> dict[str, Any]:
 
 def _raise_if_left(blocks: dict[str, tuple[nn.Module, Verdict]], done: bool) -> None:
     blocks = {path: (m, v) for path, (m, v) in blocks.items() if v.strict}
-    left = [(path, type(m).__name__, v.reason) for path, (m, v) in blocks.items() if v.cls is None]
+    left = [(path, type(m).__name__, v.reason) for path, (m, v) in blocks.items() if v.reason]
     if left:
         lines = "\n".join(f"  {path or '(model)'} ({cls}): {reason}" for path, cls, reason in left)
         raise UnsupportedModelError(f"{len(left)} transformer blocks can't be replaced:\n{lines}")

@@ -71,6 +71,15 @@ class NotServed(Exception):
     """Why a module or a call can't be expressed in the operators; the message is shown in the report."""
 
 
+def explain(error: Exception) -> str:
+    """An error as a reason for the report."""
+    if not isinstance(error, AttributeError) or not error.name:
+        return str(error) or type(error).__name__
+    if error.obj is None:
+        return f"a module with {error.name} is missing"
+    return f"{type(error.obj).__name__} has no {error.name}, which its adapter needs"
+
+
 def run_block(p: BlockParts, x: Tensor, tokens: int | None = None) -> Tensor:
     """self_attention, mlp: the block in two operators, or in those that these are made of.
 
@@ -174,12 +183,17 @@ def block_obstacle(p: BlockParts, x: Any) -> str | None:
     weights = [t for projection in (*p.qkv, p.proj, *p.fc1, p.fc2) for t in projection]
     if obstacle := input_obstacle(x, tuple(weights), 3):
         return obstacle
+    return training_obstacle(p) or mode_obstacle()
+
+
+def training_obstacle(p: BlockParts) -> str | None:
+    """Why the random numbers of training need the original forward, or None."""
     if any(probability and module.training for probability, module in p.dropouts):
         return "dropout in training"
     for drop_path in (p.drop_path1, p.drop_path2):
         if drop_path is not None and drop_path.training and not _is_known_drop_path(drop_path):
             return f"{type(drop_path).__name__} in training"
-    return mode_obstacle()
+    return None
 
 
 def mode_obstacle() -> str | None:
@@ -241,9 +255,9 @@ def dropout(module: nn.Module) -> Dropout:
 LIBRARIES = ("timm", "transformers", "torchvision", "fastvit", "torch")
 
 
-def is_published(cls: type) -> bool:
-    """Does a library define the class, whose settings are known here?"""
-    return cls.__module__.partition(".")[0] in LIBRARIES
+def is_published(defined: Any) -> bool:
+    """Does a library define this class, whose settings are known here, or this function?"""
+    return defined.__module__.partition(".")[0] in LIBRARIES
 
 
 def own_numbers(modules: Iterable[object]) -> tuple[tuple[tuple[str, Any], ...], ...]:
@@ -287,6 +301,8 @@ def layer_scale(module: nn.Module | None, name: str) -> Tensor | None:
 
 def check_linear(module: nn.Module | None, name: str) -> None:
     """Only a plain nn.Linear is served, nothing wrapped around it (LoRA, quantisation); raises NotServed."""
+    if module is None:
+        raise NotServed(f"{name} is missing")
     # torch makes this subclass for out_proj; its forward is Linear's.
     if type(module) is not nn.Linear and type(module) is not nn.modules.linear.NonDynamicallyQuantizableLinear:
         raise NotServed(f"{name} is {type(module).__name__}, not nn.Linear")

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastvit.adapters import timm, torchvision, transformers
-from fastvit.adapters.parts import NotServed, own_numbers, read_activation, read_norm
+from fastvit.adapters.parts import (
+    BlockParts,
+    NotServed,
+    explain,
+    input_obstacle,
+    own_numbers,
+    read_activation,
+    read_norm,
+    run_block,
+)
 from fastvit.adapters.probe import probe
 from fastvit.adapters.readout import FusedReadout
-from fastvit.adapters.swap import FusedBlock, FusedPatchConv, fused_class
-from fastvit.nn._listeners import descendants, has_own_forward
+from fastvit.adapters.swap import FusedBlock, FusedPatchConv, demands, fused_class
+from fastvit.nn._listeners import descendants, has_own_forward, listener_obstacle
+from fastvit.ops import use_backend
 
 # Each adapter: LIBRARY, its module's name; matches(block), does it look like one of its own; check(block), which raises
 # NotServed for a structure that it can't express; read(block) -> BlockParts, at every call.  And of whole models:
@@ -53,6 +66,7 @@ FAMILIES = (
 class Verdict:
     """What becomes of one module: the class to swap in, or the reason why it stays.
 
+    reason: with a class, why calls would run the original forward all the same.
     strict: does `optimize(strict=True)` ask for this module?
     """
 
@@ -62,15 +76,20 @@ class Verdict:
     strict: bool = True
 
 
-def judge_block(module: nn.Module) -> Verdict | None:
-    """A verdict on a transformer block or an attention pooling head; None for other modules."""
+def judge_block(module: nn.Module, path: str = "", model: nn.Module | None = None) -> Verdict | None:
+    """A verdict on a transformer block or an attention pooling head; None for other modules.
+
+    path, model: where it is in what.
+    """
     for adapter in ADAPTERS:
         if adapter.matches(module):
-            return _judge_match(module, adapter)
+            return _judge_match(module, adapter, path, module if model is None else model)
     return _judge_looks(module)
 
 
-def _judge_match(module: nn.Module, adapter: Any) -> Verdict:
+def _judge_match(module: nn.Module, adapter: Any, path: str, model: nn.Module) -> Verdict:
+    if verdict := _judge_callers(type(module), path, model):
+        return verdict
     if not has_own_forward(module):
         return Verdict(reason="its forward was replaced on the instance")
     try:
@@ -80,15 +99,71 @@ def _judge_match(module: nn.Module, adapter: Any) -> Verdict:
             read_norm(norm, parts.qkv[0][0].dtype)
         if not isinstance(parts.activation, str):
             read_activation(parts.activation)
-    except (NotServed, AttributeError) as reason:
-        return Verdict(reason=str(reason))
-    proof = probe(module, adapter)
+    except (NotServed, AttributeError) as error:
+        return Verdict(reason=explain(error))
+    proof = probe(module, adapter, model)
     if proof.obstacle is not None:
         return Verdict(reason=proof.obstacle)
     inner = descendants(module)
     types, numbers = tuple(type(m) for m in inner), own_numbers([module, *inner])
     cls = fused_class(type(module), FusedBlock, adapter.LIBRARY, types, numbers, proof.returns_tuple)
-    return Verdict(cls, FusedBlock.fastvit_sentence)
+    reason = listener_obstacle(inner) or _refusal(parts) or required_mask(type(module), path, model)
+    return Verdict(cls, FusedBlock.fastvit_sentence, reason or "")
+
+
+def _refusal(parts: BlockParts) -> str | None:
+    """What the operators have against these tensors: an empty batch passes every check, and computes nothing."""
+    weight = parts.qkv[0][0]
+    if weight.is_meta:
+        return None
+    x = weight.new_empty(0, 1, weight.shape[1])
+    weights = tuple(t for projection in (*parts.qkv, parts.proj, *parts.fc1, parts.fc2) for t in projection)
+    if obstacle := input_obstacle(x, weights, 3):
+        return obstacle
+    try:
+        with torch.no_grad(), use_backend("reference"):
+            run_block(parts._replace(drop_path1=None, drop_path2=None), x)
+    except (NotServed, ValueError, TypeError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+# ---- How a model calls its blocks ------------------------------------------------------------------
+
+
+def _callers(path: str, model: nn.Module) -> Iterator[nn.Module]:
+    """The modules around a block, nearest first, up to the one that makes hidden states: it has more than blocks."""
+    while path:
+        path = path.rpartition(".")[0]
+        caller = model.get_submodule(path)
+        yield caller
+        if not isinstance(caller, (nn.ModuleList, nn.Sequential)) and len([*caller.children()]) > 1:
+            return
+
+
+def _judge_callers(cls: type[nn.Module], path: str, model: nn.Module) -> Verdict | None:
+    """A verdict on a block that is never called with hidden states alone."""
+    for caller in _callers(path, model):
+        name = type(caller).__name__
+        # What makes a position bias or a rotation for all blocks goes by the name under which they take it.
+        given = [d for d in demands(cls) if isinstance(getattr(caller, d, None), (nn.Module, Tensor))]
+        if given:
+            return Verdict(reason=f"{name} calls it with {', '.join(given)}")
+        code = getattr(inspect.unwrap(type(caller).forward), "__code__", None)
+        if code is not None and any(re.search("create_.*causal_.*mask", called) for called in code.co_names):
+            # A text tower, which nobody asks for.
+            return Verdict(reason=f"{name} calls it with a causal mask", strict=False)
+    return None
+
+
+def required_mask(cls: type[nn.Module], path: str, model: nn.Module) -> str | None:
+    """Why calls may have a mask: somebody around the block doesn't run without; or None."""
+    masks = tuple(d for d in demands(cls) if d.endswith("mask"))
+    for caller in _callers(path, model):
+        for p in inspect.signature(type(caller).forward).parameters.values():
+            if masks and p.name.endswith(masks) and p.default is p.empty:
+                return f"{type(caller).__name__} requires {p.name}, and what it masks needs the original forward"
+    return None
 
 
 def judge_classifier(module: nn.Module) -> Verdict | None:

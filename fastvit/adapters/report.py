@@ -10,7 +10,7 @@ from torch import nn
 
 from fastvit.adapters.graphs import graphs_sentence, is_graphed
 from fastvit.adapters.readout import FusedReadout, read_in_part
-from fastvit.adapters.registry import judge_block, judge_patch_conv
+from fastvit.adapters.registry import judge_block, judge_patch_conv, required_mask
 from fastvit.adapters.swap import FusedBlock, is_fused, last_fallback
 from fastvit.ops._backend import extension, has_triton
 
@@ -20,7 +20,8 @@ class Row:
     """One module.
 
     path: dotted name in the model.  cls: class name.  status: "fused", "fallback" (fused, but its last call ran the
-    original forward), "left" or "ready" (optimize would fuse it).  detail: the operators, or the reason.
+    original forward, or any would now), "left" or "ready" (optimize would fuse it).  detail: the operators, or the
+    reason.
     """
 
     path: str
@@ -40,7 +41,7 @@ class Report:
 
     @property
     def replaced(self) -> list[Row]:
-        """Modules that fastvit runs (a row with status "fallback" ran its original forward last time)."""
+        """Modules that fastvit runs (a row with status "fallback" runs its original forward)."""
         return [r for r in self.rows if r.status in ("fused", "fallback")]
 
     @property
@@ -66,7 +67,7 @@ class Report:
         fallbacks = sum(r.status == "fallback" for r in self.rows)
         table.append(
             f"{len(self.replaced)} replaced, {len(self.skipped)} left"
-            + (f", {fallbacks} of the replaced ran their original forward last time" if fallbacks else "")
+            + (f", {fallbacks} of the replaced run their original forward" if fallbacks else "")
             + f"; backend: {self.backend}"
         )
         return "\n".join([*table, *graphs])
@@ -88,13 +89,19 @@ def report(model: nn.Module) -> Report:
             continue  # its last block's row tells
         if is_fused(module):
             reason = last_fallback(module)
+            mask = None
+            if isinstance(module, FusedBlock):
+                reason = reason or module.standing_obstacle()
+                mask = required_mask(module.fastvit_original, path, model)
             detail = f"original forward: {reason}" if reason else _sentence(module)
             if module in last and not reason:
                 detail += f"; {FusedReadout.fastvit_sentence}"
+            if mask and not reason:
+                detail += f"; {mask}"
             rows.append(Row(path, cls, "fallback" if reason else "fused", detail))
-        elif verdict := judge_block(module):
+        elif verdict := judge_block(module, path, model):
             ready = verdict.cls is not None
-            detail = f"would run {verdict.sentence}" if ready else verdict.reason
+            detail = "; ".join([f"would run {verdict.sentence}"] * ready + [verdict.reason] * bool(verdict.reason))
             rows.append(Row(path, cls, "ready" if ready else "left", detail))
     if any(row.status != "left" for row in rows):
         rows += [

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,10 +24,12 @@ from fastvit.adapters.parts import (
     NotServed,
     Quantization,
     block_obstacle,
+    explain,
     input_obstacle,
     mode_obstacle,
     own_numbers,
     run_block,
+    training_obstacle,
 )
 from fastvit.adapters.prepared import forget, prepare, run_prepared
 from fastvit.nn._listeners import descendants, has_own_forward, listener_obstacle
@@ -112,7 +115,7 @@ class FusedBlock(Fused):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         block: Any = self
-        obstacle, x = _hidden_states(args, kwargs)
+        obstacle, x = _hidden_states(self.fastvit_original, args, kwargs)
         out = None
         compiling = torch.compiler.is_compiling()
         tokens = None if compiling else _tokens_read(block)
@@ -131,14 +134,24 @@ class FusedBlock(Fused):
                     out = run_block(parts, x, tokens)
                     if not compiling:
                         prepare(block, inner, parts, x)
-            except (NotServed, ValueError, TypeError) as reason:
-                obstacle = str(reason)
+            except (NotServed, ValueError, TypeError) as error:
+                obstacle = str(error)
         note_fallback(block, obstacle)
         if out is None:
             if not compiling:
                 forget(block)  # a prepared call would leave the note
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         return (out,) if self.fastvit_returns_tuple else out
+
+    def standing_obstacle(self) -> str | None:
+        """Why any call would run the original forward, as the block is now."""
+        inner = descendants(self)  # type: ignore[arg-type]
+        if obstacle := self._structure_obstacle(inner) or listener_obstacle(inner):
+            return obstacle
+        try:
+            return training_obstacle(self.fastvit_read())
+        except (NotServed, AttributeError) as error:
+            return explain(error)
 
     def _structure_obstacle(self, inner: list[nn.Module]) -> str | None:
         types = self.fastvit_types
@@ -181,16 +194,24 @@ class FusedPatchConv(Fused):
         return tokens.transpose(1, 2).unflatten(2, grid)
 
 
+def demands(cls: type[nn.Module]) -> list[str]:
+    """The names of what a block's forward takes beside hidden states."""
+    parameters = list(inspect.signature(cls.forward).parameters.values())[2:]
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
 # Demands on the model, passed down to every layer, that change nothing inside a layer.
 _HARMLESS = {"output_hidden_states", "return_dict", "interpolate_pos_encoding"}
 
 
-def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | None, Any]:
+def _hidden_states(original: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | None, Any]:
     """(why not, None) or (None, hidden states): the fused path takes one tensor and no other demand."""
     if len(args) == 1 and not kwargs:
         return None, args[0]
     named = {k: v for k, v in kwargs.items() if v is not None and v is not False and k not in _HARMLESS}
-    extra = [type(a).__name__ for a in args[1:] if a is not None and a is not False]
+    given = [(i, a) for i, a in enumerate(args[1:]) if a is not None and a is not False]
+    names = [] if torch.compiler.is_compiling() or not given else demands(original)
+    extra = [names[i] if i < len(names) else type(a).__name__ for i, a in given]
     x = args[0] if args else named.pop("hidden_states", named.pop("x", named.pop("input", None)))
     if named or extra:
         return f"called with {', '.join([*named, *extra])}", None

@@ -308,11 +308,105 @@ def test_text_towers(family):
             actual = tensors(fastvit.optimize(model)(**inputs, **extra))
         for key in expected:
             assert relative_l2(actual[key], expected[key]) < 1e-4, key
-        assert not any("vision" in path for path in reasons(model))
-        if extra:
-            assert all("text" in path for path in reasons(model))
-            assert len(reasons(model)) == 2
+        rows = [r for r in fastvit.report(model).rows if r.path.startswith("text_model.")]
+        assert len(rows) == 2
+        if family == "CLIP":
+            assert all(r.status == "left" and "calls it with a causal mask" in r.detail for r in rows)
+        else:
+            assert all(r.status == ("fallback" if extra else "fused") for r in rows)
+        assert reasons(model).keys() <= {r.path for r in rows}
         fastvit.restore(model)
+
+
+def timm_model(name, **options):
+    return import_library("timm").create_model(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("vit_pe_core_tiny_patch16_384", "Eva calls it with rope"),
+        ("vit_pe_spatial_tiny_patch16_512", "Eva calls it with rope"),
+        ("vit_srelpos_small_patch16_224", "VisionTransformerRelPos calls it with shared_rel_pos"),
+    ],
+)
+def test_blocks_that_are_always_called_with_more_are_left(name, reason):
+    model = nasty.randomize(timm_model(name, depth=2, img_size=64)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = run(model, x)
+    with pytest.raises(fastvit.UnsupportedModelError, match=reason):
+        fastvit.optimize(model, strict=True)
+    assert [r.status for r in fastvit.report(model).rows if r.path.startswith("blocks")] == ["left"] * 2
+    actual = run(fastvit.optimize(model), x)
+    assert all(torch.equal(actual[k], expected[k]) for k in expected)
+    assert [r.detail for r in fastvit.report(model).rows if r.path.startswith("blocks")] == [reason] * 2
+
+
+def test_a_model_without_its_optional_rotation_is_served():
+    model = timm_model("vit_pe_core_tiny_patch16_384", depth=2, img_size=64, use_rot_pos_emb=False)
+    x = torch.randn(1, 3, 64, 64)
+    fastvit.optimize(nasty.randomize(model).eval(), strict=True)
+    assert agree(model, x)
+    assert not reasons(model)
+
+
+def test_a_mask_that_the_model_requires():
+    """Siglip2 fills images of several shapes up to as many patches: the rest is masked."""
+    transformers = import_library("transformers")
+    config = transformers.Siglip2VisionConfig(**{**zoo.HF, "image_size": None}, num_patches=16)
+    model = nasty.randomize(transformers.Siglip2VisionModel(config)).eval()
+    with pytest.raises(fastvit.UnsupportedModelError, match=r"requires .*mask, and what it masks needs the original"):
+        fastvit.optimize(model, strict=True)
+    x, mask = torch.randn(1, 16, 192), torch.ones(1, 16, dtype=torch.int32)
+    mask[:, 12:] = 0
+    assert agree(fastvit.optimize(model), x, pixel_attention_mask=mask, spatial_shapes=torch.tensor([[3, 4]]))
+    assert all(r == "original forward: called with attention_mask" for r in reasons(model).values())
+    assert len(reasons(model)) == 2
+    details = [r.detail for r in fastvit.report(fastvit.optimize(fastvit.restore(model))).rows if "layers" in r.path]
+    assert all("; Siglip2Vision" in d and "what it masks needs the original forward" in d for d in details)
+
+
+def test_what_a_larger_model_requires_is_none_of_its_tower():
+    class Captioner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit, self.rope, self.attn_mask = zoo.make("timm vit"), nn.Identity(), nn.Identity()
+
+        def forward(self, x, attn_mask):
+            return self.vit(x)
+
+    model = fastvit.optimize(Captioner(), strict=True)
+    assert [r.status for r in fastvit.report(model).rows] == ["fused"] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda b: b.mlp.fc1.register_forward_hook(lambda *a: None), "forward hook on Linear"),
+        (lambda b: b.mlp.fc1.bfloat16(), "a weight is torch.bfloat16"),
+        (lambda b: b.norm2.to("meta"), "on meta, but"),
+        (lambda b: setattr(b.norm1, "forward", lambda x: x), "forward of LayerNorm was replaced"),
+    ],
+)
+def test_what_sends_every_call_to_the_original_forward_is_told_before_one(change, reason):
+    model = zoo.make("timm vit layer scale")
+    change(model.blocks[0])
+    with pytest.raises(fastvit.UnsupportedModelError, match="1 transformer blocks can't be replaced") as error:
+        fastvit.optimize(model, strict=True)
+    assert reason in str(error.value)
+    assert reason in fastvit.report(model).rows[0].detail
+
+
+def test_the_report_foresees_hooks_and_dropout():
+    model = nasty.randomize(zoo.timm(proj_drop_rate=0.5)()).eval()
+    fastvit.optimize(model, strict=True)
+    assert not reasons(model)
+    handle = model.blocks[0].mlp.fc1.register_forward_hook(lambda *a: None)
+    assert reasons(model) == {"blocks.0": "original forward: forward hook on Linear"}
+    handle.remove()
+    assert not reasons(model)
+    model.train()
+    assert set(reasons(model).values()) == {"original forward: dropout in training"}
 
 
 # ---- Blocks that look alike ------------------------------------------------------------------------
@@ -420,6 +514,83 @@ def test_each_factor_in_a_class_of_ones_own_is_tried(factor, reason):
     assert reason in rows[1].detail
 
 
+class Conditional(Block):
+    """Computes something else where `condition(x)`."""
+
+    def __init__(self, condition):
+        super().__init__()
+        self.condition = condition
+
+    def forward(self, x):
+        return super().forward(x) * (1.5 if self.condition(x) else 1.0)
+
+
+class Positions(nn.Module):
+    """Adds position embeddings to patches, and registers in front."""
+
+    def __init__(self, block, positions, registers=0):
+        super().__init__()
+        self.block = block
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions, 64))
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, 64)) if registers else None
+
+    def forward(self, x):
+        x = x + self.pos_embed
+        return self.block(x if self.reg_token is None else torch.cat([self.reg_token.expand(len(x), -1, -1), x], 1))
+
+
+@pytest.mark.parametrize(
+    ("condition", "reason"),
+    [
+        (lambda x: x.shape[1] > 5, " with 8 tokens"),
+        (lambda x: x.shape[1] % 2 == 0, " with 8 tokens"),
+        (lambda x: x.shape[1] > 100, " with 197 tokens"),
+        (lambda x: len(x) == 1, " with 8 tokens"),
+        (lambda x: x.amax() > 50.0, " with 8 tokens"),
+        (lambda x: x.dtype is torch.float32, ""),
+        (lambda x: x.dtype is torch.bfloat16, " in torch.bfloat16"),
+        (lambda x: len(x) == 3, " in torch.bfloat16"),
+    ],
+)
+def test_what_depends_on_the_input_beyond_its_values_is_left(condition, reason):
+    block = nasty.randomize(Conditional(condition)).eval()
+    inputs = [
+        torch.randn(b, n, 64).to(dtype)
+        for b, n, dtype in [(1, 4, torch.float32), (2, 7, torch.float32), (2, 120, torch.float32)]
+    ]
+    inputs.append(inputs[1] * 100.0)
+    expected = [block(x) for x in inputs]
+    fastvit.optimize(block)
+    for x, y in zip(inputs, expected, strict=True):
+        assert relative_l2(block(x), y) < 1e-5
+    (row,) = fastvit.report(block).rows
+    assert row.status == "left"
+    assert f"its forward computes something else{reason}" in row.detail
+
+
+@pytest.mark.parametrize(("positions", "registers", "tokens"), [(49, 4, 53), (50, 0, 50), (49, 0, 49)])
+def test_what_a_block_computes_of_the_number_of_tokens_that_its_model_feeds(positions, registers, tokens):
+    model = Positions(nasty.randomize(Conditional(lambda x: x.shape[1] == tokens)), positions, registers).eval()
+    x = torch.randn(2, positions, 64)
+    expected = model(x)
+    assert relative_l2(fastvit.optimize(model)(x), expected) < 1e-5
+    assert f"computes something else with {tokens} tokens" in fastvit.report(model).rows[0].detail
+
+
+def test_a_block_that_takes_no_bfloat16_is_served():
+    class Picky(Block):
+        def forward(self, x):
+            if x.dtype is torch.bfloat16:
+                raise TypeError("no bfloat16")
+            return super().forward(x)
+
+    block = nasty.randomize(Picky()).eval()
+    x = torch.randn(2, 17, 64)
+    expected = block(x)
+    fastvit.optimize(block, strict=True)
+    assert relative_l2(block(x), expected) < 1e-5
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_factor_in_a_class_of_ones_own_that_changes_afterwards(compiled):
     model = fastvit.optimize(nasty.randomize(nn.Sequential(Scaled(0.0), Scaled(0.0))).eval(), strict=True)
@@ -442,10 +613,6 @@ def test_a_forward_on_a_block_instance_is_left():
     before = run(model, x)["output"]
     assert relative_l2(run(fastvit.optimize(model), x)["output"], before) < 1e-5
     assert "replaced on the instance" in fastvit.report(model).skipped[0].detail
-
-
-def timm_model(name, **options):
-    return import_library("timm").create_model(name, **options)
 
 
 @pytest.mark.parametrize(
@@ -471,6 +638,39 @@ def test_other_architectures_are_left_with_a_reason(make):
     assert all(len(r.detail) > 10 for r in skipped)
     with pytest.raises(fastvit.UnsupportedModelError, match="transformer blocks can't be replaced"):
         fastvit.optimize(model, strict=True)
+
+
+def inner(cls, make):
+    return next(m for m in make().modules() if type(m).__name__ == cls)
+
+
+class NoHeads(Attention):
+    def __init__(self, dim, num_heads):
+        super().__init__(dim, num_heads)
+        del self.num_heads
+
+
+class Sized(Block):
+    def forward(self, x, size, window):
+        return super().forward(x).view(-1, *size, 64)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Block(attention=NoHeads), "NoHeads has no num_heads, which its adapter needs"),
+        (Sized, "its forward needs more than hidden states (size, window)"),
+        (
+            lambda: timm_model("hiera_tiny_224", stages=(1, 1, 1, 1)).blocks[0],
+            "MaskUnitAttention has no num_heads, which its adapter needs",
+        ),
+        (lambda: inner("DINOv3ViTLayer", zoo.hf("DINOv3ViTModel", "DINOv3ViTConfig")), "MLP projection is missing"),
+    ],
+)
+def test_reasons_are_sentences(make, reason):
+    block = make()
+    assert type(fastvit.optimize(block)) is type(block)
+    assert fastvit.report(block).rows[0].detail == reason
 
 
 @pytest.mark.parametrize("name", ["timm siglip", "hf siglip"])

@@ -347,7 +347,7 @@ def test_causal_text_tower_is_right():
     for key in expected:
         assert relative_l2(actual[key], expected[key]) < 1e-4, key
     rows = {r.path: r for r in fastvit.report(model).rows}
-    assert rows["text_model.encoder.layers.0"].status == "fallback"
+    assert rows["text_model.encoder.layers.0"].status == "left"
     assert rows["vision_model.encoder.layers.0"].status == "fused"
 
 

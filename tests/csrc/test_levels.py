@@ -137,22 +137,57 @@ def test_supported_levels_go_from_the_plainest_to_the_best() -> None:
     assert _C.isa() in supported
 
 
-@pytest.mark.parametrize("wanted", [*_C.supported_isas(), "no such level"])
+@pytest.mark.parametrize("wanted", _C.supported_isas())
 def test_the_environment_chooses_a_level(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTVIT_CPU_ISA", wanted)
     code = "from fastvit import _C; print(_C.isa())"
     isa = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    before, supported = _C.isa(), _C.supported_isas()
+    before = _C.isa()
     try:
         _C.set_isa(isa)
         why = fastvit.env()["cpu"]["isa_why"]
     finally:
         _C.set_isa(before)
-    if wanted in supported:
-        assert (isa, why) == (wanted, "FASTVIT_CPU_ISA asks for it")
-    else:
-        assert isa == supported[-1]
-        assert why == f"FASTVIT_CPU_ISA={wanted} is ignored: accepted here are {', '.join(supported)}"
+    assert (isa, why) == (wanted, "FASTVIT_CPU_ISA asks for it")
+
+
+_USES = """
+import torch, fastvit
+from fastvit import _C
+from fastvit.nn import Block
+
+block, x = Block(64, 2).eval(), torch.randn(1, 5, 64)
+for use in (_C.isa, lambda: fastvit.ops.norm_linear(x, torch.eye(64)), lambda: block(x), lambda: block(x)):
+    try:
+        with torch.no_grad():
+            use()
+    except RuntimeError as error:
+        print(error)
+cpu = fastvit.env()["cpu"]
+print(cpu["isa_why"] if cpu["isa"] is None else cpu["isa"])
+_C.set_isa(_C.supported_isas()[0])
+print(_C.isa(), *block(x).shape)
+"""
+
+
+@pytest.mark.parametrize("wanted", ["no such level", *sorted({*X86, *ARM64} - {*_C.supported_isas()})])
+def test_a_level_that_cannot_be_had_is_an_error(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each use, not at import: what can be had must be told, and chosen."""
+    monkeypatch.setenv("FASTVIT_CPU_ISA", wanted)
+    *told, chosen = subprocess.run(
+        [sys.executable, "-c", _USES], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    accepted = _C.supported_isas()
+    message = f"FASTVIT_CPU_ISA='{wanted}' is not supported by this machine; accepted: {' '.join(accepted)}"
+    assert told == [message] * 5
+    assert chosen == f"{accepted[0]} 1 5 64"
+
+
+def test_an_empty_level_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTVIT_CPU_ISA", "")
+    code = "from fastvit import _C; print(_C.isa())"
+    isa = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert isa == _C.supported_isas()[-1]
 
 
 def test_every_level_that_is_compiled_can_be_found_and_is_documented() -> None:
@@ -187,10 +222,13 @@ def test_an_emulated_machine_offers_its_levels(machine: machines.Machine) -> Non
     driver.close()
 
 
-@pytest.mark.parametrize("wanted, isa", [("neon", "neon"), ("avx2", "neon_bf16")])
-def test_the_environment_chooses_an_emulated_level(arm64_driver: Path, wanted: str, isa: str) -> None:
-    driver = machines.start(machines.ARM64[-1], {"FASTVIT_CPU_ISA": wanted})
-    assert driver.isa() == isa
+def test_the_environment_chooses_an_emulated_level(arm64_driver: Path) -> None:
+    driver = machines.start(machines.ARM64[-1], {"FASTVIT_CPU_ISA": "neon"})
+    assert driver.isa() == "neon"
+    driver.close()
+    driver = machines.start(machines.ARM64[-1], {"FASTVIT_CPU_ISA": "avx2"})
+    with pytest.raises(ValueError, match="FASTVIT_CPU_ISA='avx2' is not supported by this machine; accepted: neon"):
+        driver.isa()
     driver.close()
 
 
