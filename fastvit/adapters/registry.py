@@ -81,6 +81,9 @@ def judge_block(module: nn.Module, path: str = "", model: nn.Module | None = Non
 
     path, model: where it is in what.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        compiled = Verdict(reason="torch.jit.script has compiled it: optimize before")
+        return None if _judge_looks(module) is None else compiled
     for adapter in ADAPTERS:
         if adapter.matches(module):
             return _judge_match(module, adapter, path, module if model is None else model)

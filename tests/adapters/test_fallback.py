@@ -673,6 +673,18 @@ def test_reasons_are_sentences(make, reason):
     assert fastvit.report(block).rows[0].detail == reason
 
 
+def test_a_scripted_model_is_left():
+    model = zoo.make("timm vit")
+    x = zoo.image(model)
+    scripted = torch.jit.script(model)
+    expected = run(scripted, x)["output"]
+    assert torch.equal(run(fastvit.optimize(scripted), x)["output"], expected)
+    details = {r.path: r.detail for r in fastvit.report(scripted).rows}
+    assert details == dict.fromkeys(["blocks.0", "blocks.1"], "torch.jit.script has compiled it: optimize before")
+    with pytest.raises(fastvit.UnsupportedModelError, match="optimize before"):
+        fastvit.optimize(scripted, strict=True)
+
+
 @pytest.mark.parametrize("name", ["timm siglip", "hf siglip"])
 def test_attention_pooling_is_reported_and_does_not_break_strict(name):
     model = fastvit.optimize(zoo.make(name), strict=True)
