@@ -118,7 +118,8 @@ class Attention {
     chunk_ = round_up(ceil_div(keys_, chunks), kPanel);
 
     ldo_ = panels_.vectors * kLanes;
-    const int64_t most_rows = chunks > 1 ? cache_sizes().l2 / 4 / (4 * ldo_) : queries_;
+    const int64_t most_rows =
+        chunks > 1 ? max(cache_sizes().l2 / 4 / (4 * ldo_), P::kRows) : queries_;
     const int64_t splits =
         max(split_rows<P>(queries_, batch_ * heads_, threads), ceil_div(queries_, most_rows));
     block_ = round_up(ceil_div(queries_, splits), P::kRows);

@@ -101,7 +101,8 @@ def report(model: nn.Module) -> Report:
             rows.append(Row(path, cls, "fallback" if reason else "fused", detail))
         elif verdict := judge_block(module, path, model):
             ready = verdict.cls is not None
-            detail = "; ".join([f"would run {verdict.sentence}"] * ready + [verdict.reason] * bool(verdict.reason))
+            would_run = f"would run {verdict.sentence}" if ready else ""
+            detail = "; ".join(filter(None, (would_run, verdict.reason)))
             rows.append(Row(path, cls, "ready" if ready else "left", detail))
     if any(row.status != "left" for row in rows):
         rows += [

@@ -145,7 +145,8 @@ class FusedBlock(Fused):
 
     def standing_obstacle(self) -> str | None:
         """Why any call would run the original forward, as the block is now."""
-        inner = descendants(self)  # type: ignore[arg-type]
+        block: Any = self
+        inner = descendants(block)
         if obstacle := self._structure_obstacle(inner) or listener_obstacle(inner):
             return obstacle
         try:

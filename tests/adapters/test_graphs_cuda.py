@@ -49,11 +49,10 @@ def test_cuda_outputs_of_every_batch_size(name, dtype):
     assert counts(model).rows == [1, 6, 8], told(model)
 
 
-@pytest.mark.parametrize("name", CHANGES)
+# An optimizer's step takes images on the CPU.
+@pytest.mark.parametrize("name", [name for name in CHANGES if name != "an optimizer's step"])
 def test_cuda_changes_take_effect_at_once(name):
     change, keeps = CHANGES[name]
-    if name == "an optimizer's step":
-        pytest.skip("its images are on the CPU")
     model = zoo.make("timm vit")
     x = zoo.image(model, batch=3).cuda()
     graphed(model.cuda(), x)

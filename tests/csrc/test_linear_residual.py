@@ -67,6 +67,17 @@ def test_strided_residual_and_output(isa: str, dtype: torch.dtype) -> None:
     assert torch.isnan(room[:, 70:]).all()
 
 
+@pytest.mark.parametrize("k", [33, 64, 770])
+@pytest.mark.parametrize("m", [1, 19, 40])
+def test_strided_rows(isa: str, dtype: torch.dtype, m: int, k: int) -> None:
+    # Rows of the product's dtype are read where they lie: nothing of what lies between them.
+    x, w, b, r, gamma = make(1, m, 70, k, dtype)
+    expected = call.linear_residual(x, w, b, r, gamma, compute=dtype)
+    room = call.blank(m, k + 7, dtype=dtype)
+    room[:, 3 : k + 3] = x
+    assert torch.equal(call.linear_residual(room[:, 3 : k + 3], w, b, r, gamma, compute=dtype), expected)
+
+
 def test_without_bias(isa: str) -> None:
     x, w, _, r, _ = make(1, 5, 24, 24, torch.float32)
     truth = by_torch(x.double(), w.double(), None, r.double(), None)
