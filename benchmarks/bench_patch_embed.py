@@ -3,11 +3,14 @@
 From bytes, eager PyTorch first makes a tensor of each image and normalises it, as torchvision's ToTensor and Normalize
 do.  Two parts are measured by themselves: "to tensor, normalise" is what eager spends before its convolution, "product
 alone" is fastvit's product of patches that lie ready in memory: what is left when reading images costs nothing.
+
+int8 stands beside eager PyTorch in float32, as images are after ToTensor, and in bfloat16.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.case import VIT_B, Case, Width, nbytes, run_in_pytest, tensor
+from benchmarks.case import FLOATS, VIT_B, Case, Width, nbytes, run_in_pytest, tensor
 from fastvit.ops import norm_linear, patch_embed
 from fastvit.reference.vit import patchify
 
 # A normalised image; or bytes, as image decoders (HWC) or torchvision.io (CHW) give them.
 NAMES = ("image", "uint8 HWC", "uint8 CHW", "uint8 HWC, patch 14", "uint8 CHW, patch 14")
+INT8_NAMES = NAMES[1:]
+DTYPES = (*FLOATS, torch.int8)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -30,13 +35,14 @@ def eager(weight: Tensor, bias: Tensor, pos_embed: Tensor, prefix: Tensor, image
 
 
 def to_tensor_and_normalize(images: Tensor, layout: str) -> Tensor:
-    """Image by image, then one batch, in float32 (float64 for the truth)."""
+    """Image by image, not in place, then one batch, in float32 (float64 for the truth)."""
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     mean, std = (torch.tensor(v, dtype=dtype, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
     batch = []
     for image in images:
         planes = image.permute(2, 0, 1).contiguous() if layout == "NHWC" else image
-        batch.append(planes.to(dtype).div(255).sub_(mean).div_(std))
+        tensor = planes.to(dtype).div(255)
+        batch.append(tensor.clone().sub_(mean).div_(std))
     return torch.stack(batch)
 
 
@@ -51,9 +57,17 @@ def fused(weight: Tensor, bias: Tensor, pos_embed: Tensor, prefix: Tensor, image
 
 
 def fused_bytes(
-    weight: Tensor, bias: Tensor, pos_embed: Tensor, prefix: Tensor, image: Tensor, *, layout: str
+    weight: Tensor,
+    bias: Tensor,
+    pos_embed: Tensor,
+    prefix: Tensor,
+    image: Tensor,
+    *,
+    layout: str,
+    quantize: str | None = None,
 ) -> Tensor:
-    return patch_embed(image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=MEAN, std=STD, layout=layout)
+    tokens = {"pos_embed": pos_embed, "prefix": prefix}
+    return patch_embed(image, weight, bias, **tokens, mean=MEAN, std=STD, layout=layout, quantize=quantize)
 
 
 def case(name: str, dtype: torch.dtype, batch: int, device: str = "cpu", width: Width = VIT_B) -> Case:
@@ -63,6 +77,8 @@ def case(name: str, dtype: torch.dtype, batch: int, device: str = "cpu", width: 
     patch = width.patch_size
     size = width.image_size // patch * patch
     inner, patches = 3 * patch * patch, (size // patch) ** 2
+    precision = dtype
+    dtype = torch.float32 if precision == torch.int8 else precision
     make = functools.partial(tensor, dtype=dtype, device=device)
     weights = (
         make(width.dim, 3, patch, patch, seed=1, scale=inner**-0.5),
@@ -83,20 +99,26 @@ def case(name: str, dtype: torch.dtype, batch: int, device: str = "cpu", width: 
     layout = "NHWC" if name == "uint8 HWC" else "NCHW"
     shape = (batch, size, size, 3) if layout == "NHWC" else (batch, 3, size, size)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
+    quantize = "int8" if precision == torch.int8 else None
     ready = patchify(to_tensor_and_normalize(pixels, layout), (patch, patch)).to(dtype)
 
     def prepare(weight: Tensor, *others: Tensor) -> Tensor:
         return to_tensor_and_normalize(others[-1], layout).to(weight.dtype)
 
     def product(weight: Tensor, bias: Tensor, *_: Tensor) -> Tensor:
-        return norm_linear(ready, weight.flatten(1), bias)
+        return norm_linear(ready, weight.flatten(1), bias, norm="none", quantize=quantize)
 
+    peers: dict[str, Callable[..., Tensor]] = {"to tensor, normalise": prepare, "product alone": product}
+    if quantize is not None:
+        low = [t.bfloat16() for t in weights]
+        peers["eager bf16"] = lambda *tensors: eager_bytes(*low, tensors[-1], layout=layout)
     return described(
         functools.partial(eager_bytes, layout=layout),
-        functools.partial(fused_bytes, layout=layout),
+        functools.partial(fused_bytes, layout=layout, quantize=quantize),
         (*weights, pixels),
         bytes=nbytes(*weights, pixels) + out_bytes,
-        peers={"to tensor, normalise": prepare, "product alone": product},
+        peers=peers,
+        precision=precision,
     )
 
 

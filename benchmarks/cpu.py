@@ -78,14 +78,18 @@ class Step:
 
 
 def steps(only: list[str] | None, quick: bool) -> Iterator[Step]:
-    """In the order of the record.  A module's DTYPES are its precisions, its LONG the cases that --quick leaves out."""
+    """In the order of the record.
+
+    Of a module, DTYPES are its precisions, INT8_NAMES the cases that int8 serves, LONG those that --quick leaves out.
+    """
     for operator, module in BENCHMARKS.items():
         if only and operator not in only:
             continue
         for dtype in getattr(module, "DTYPES", FLOATS):
             if dtype not in FLOATS and peak.flops(dtype) is None:
                 continue
-            for name in module.NAMES:
+            names = module.NAMES if dtype in FLOATS else getattr(module, "INT8_NAMES", module.NAMES)
+            for name in names:
                 for batch in BATCHES:
                     if not quick or (name, batch) not in getattr(module, "LONG", ()):
                         yield Step(operator, name, dtype, batch)

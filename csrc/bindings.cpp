@@ -117,8 +117,8 @@ PYBIND11_MODULE(_C, m) {
   bind_prepared(m);
 
   m.def("patch_embed", &calls::patch_embed, Release(), py::arg("out"), py::arg("image"),
-        py::arg("weight"), py::arg("bias"), py::arg("pos_embed"), py::arg("prefix"),
-        py::arg("channel_scale"), py::arg("channel_shift"), py::arg("compute"),
+        py::arg("weight"), py::arg("weight_scale"), py::arg("bias"), py::arg("pos_embed"),
+        py::arg("prefix"), py::arg("channel_scale"), py::arg("channel_shift"), py::arg("compute"),
         py::arg("num_threads"));
   m.def("norm_linear", &calls::norm_linear, Release(), py::arg("out"), py::arg("x"),
         py::arg("weight"), py::arg("weight_scale"), py::arg("bias"), py::arg("norm_weight"),

@@ -9,6 +9,9 @@
 // Folding scale and shift into the weights would save one instruction in kLanes pixels, nothing
 // beside the D products of each. It would cost a scaled copy of the weights per call, and in bf16
 // twice the error unless the shift is summed from the rounded copy.
+//
+// Bytes times an int8 weight, into which the caller has folded both, are a product of integers:
+// the patch is exact, and only the weight was rounded.
 
 #include "pixels.h"
 #include "product.h"
@@ -17,26 +20,73 @@
 namespace fastvit::cpu::FASTVIT_ISA {
 namespace {
 
+// kSize bytes from either end, where they overlap.
+template <int kSize>
+FASTVIT_INLINE void copy_ends(char* to, const char* from, int64_t bytes) {
+  __builtin_memcpy(to, from, kSize);
+  __builtin_memcpy(to + bytes - kSize, from + bytes - kSize, kSize);
+}
+
+// At most 32 bytes.
+FASTVIT_INLINE void copy_some(void* to, const void* from, int64_t bytes) {
+  auto* out = static_cast<char*>(to);
+  const auto* in = static_cast<const char*>(from);
+  if (bytes >= 16) return copy_ends<16>(out, in, bytes);
+  if (bytes >= 8) return copy_ends<8>(out, in, bytes);
+  for (int64_t i = 0; i < bytes; ++i) out[i] = in[i];
+}
+
+// How pixels of channel c become `n` elements of a row of A.
+struct Normalized {
+  const float* scale;
+  const float* shift;
+
+  template <class Element>
+  FASTVIT_INLINE_METHOD void put(f32v pixels, int64_t c, Element* to, int64_t n) const {
+    const f32v v = fmadd(pixels, set1(scale[c]), set1(shift[c]));
+    n == kLanes ? store(to, v) : store(to, v, n);
+  }
+};
+
+template <class P>
+struct CentredBytes {
+  FASTVIT_INLINE_METHOD void put(f32v pixels, int64_t, typename P::Element* to, int64_t n) const {
+    const i32v v = to_int(pixels) - 128;
+    if (n == kLanes) return P::store_row(to, v);
+    typename P::Element some[kLanes];
+    P::store_row(some, v);
+    copy_some(to, some, n * static_cast<int64_t>(sizeof(typename P::Element)));
+  }
+};
+
+template <class Values>
 struct Patches {
   const View& image;
   int64_t p1, p2;         // patch height and width
   int64_t across, count;  // patches per row of the image, and per image
-  const float* scale;     // per channel
-  const float* shift;
+  Values values;
 
+  // Returns the scale of the row, which a product of integers asks for.
   template <class Element>
-  void operator()(int64_t row, Element* out) const {
+  float operator()(int64_t row, Element* out) const {
     switch (image.dtype) {
       case DType::kF32:
-        return gather(corner<float>(row), out);
+        gather(corner<float>(row), out);
+        break;
       case DType::kBF16:
-        return gather(corner<bf16>(row), out);
+        gather(corner<bf16>(row), out);
+        break;
       default:
         const uint8_t* pixels = corner<uint8_t>(row);
-        if (is_interleaved(3)) return separate<3>(pixels, out);
-        if (is_interleaved(4)) return separate<4>(pixels, out);
-        return gather(pixels, out);
+        if (is_interleaved(3)) {
+          separate<3>(pixels, out);
+        } else if (is_interleaved(4)) {
+          separate<4>(pixels, out);
+        } else {
+          gather(pixels, out);
+        }
     }
+    return 1.0f;
   }
 
   template <class T>
@@ -57,13 +107,13 @@ struct Patches {
     for (int64_t c = 0; c < image.size[1]; ++c) {
       for (int64_t y = 0; y < p1; ++y, out += p2) {
         const T* line = corner + c * image.stride[1] + y * image.stride[2];
-        copy_line(line, image.stride[3], set1(scale[c]), set1(shift[c]), out);
+        copy_line(line, image.stride[3], c, out);
       }
     }
   }
 
   template <class T, class Element>
-  void copy_line(const T* line, int64_t step, f32v a, f32v b, Element* out) const {
+  void copy_line(const T* line, int64_t step, int64_t c, Element* out) const {
     for (int64_t x = 0; x < p2; x += kLanes) {
       const int64_t n = min(kLanes, p2 - x);
       f32v pixels;
@@ -74,8 +124,7 @@ struct Patches {
         for (int64_t i = 0; i < n; ++i) gathered[i] = to_f32(line[(x + i) * step]);
         pixels = load(gathered);
       }
-      pixels = fmadd(pixels, a, b);
-      n == kLanes ? store(out + x, pixels) : store(out + x, pixels, n);
+      values.put(pixels, c, out + x, n);
     }
   }
 
@@ -90,9 +139,7 @@ struct Patches {
 #pragma GCC unroll 4
         for (int c = 0; c < kStep; ++c) {
           if (c == channels) break;
-          Element* to = out + c * p1 * p2 + x;
-          const f32v v = fmadd(channel_of(pixels, c), set1(scale[c]), set1(shift[c]));
-          n == kLanes ? store(to, v) : store(to, v, n);
+          values.put(channel_of(pixels, c), c, out + c * p1 * p2 + x, n);
         }
       }
     }
@@ -141,27 +188,37 @@ void write_prefix(const PatchEmbedArgs& args) {
   }
 }
 
-template <class P>
-void run(const PatchEmbedArgs& args) {
+template <class P, class Values>
+void embed(const PatchEmbedArgs& args, const Values& values, const float* weight_scale,
+           const float* bias) {
   const int64_t batch = args.image.size[0], channels = args.image.size[1];
   const int64_t p1 = args.weight.size[2], p2 = args.weight.size[3];
   const int64_t across = args.image.size[3] / p2, count = args.image.size[2] / p1 * across;
   const int64_t n = args.weight.size[0], k = channels * p1 * p2;
-  if (args.prefix) write_prefix(args);
-
-  Vectors vectors(3, max(n, channels));
-  const float* bias = vectors.take(args.bias, 0, n, 0.0f);
-  const float* scale = vectors.take(args.channel_scale, 0, channels, 1.0f);
-  const float* shift = vectors.take(args.channel_shift, 0, channels, 0.0f);
-  const Patches source{args.image, p1, p2, across, count, scale, shift};
+  const Patches<Values> source{args.image, p1, p2, across, count, values};
   const AddPosition epilogue{Rows(args.out, args.out.stride[1]),
                              args.out.stride[0],
                              args.prefix ? args.prefix->size[0] : 0,
                              count,
                              bias,
                              args.pos_embed};
-  const Weight weight{args.weight.data, args.weight.dtype, k, n, k, false};
+  const Weight weight{args.weight.data, args.weight.dtype, k, n, k, false, weight_scale};
   product<P>(batch * count, weight, args.num_threads, source, epilogue);
+}
+
+template <class P>
+void run(const PatchEmbedArgs& args) {
+  if (args.prefix) write_prefix(args);
+  const int64_t n = args.weight.size[0], channels = args.image.size[1];
+  Vectors vectors(3, max(n, channels));
+  const float* bias = vectors.take(args.bias, 0, n, 0.0f);
+  if (args.weight.dtype == DType::kI8) {
+    const float* weight_scale = vectors.take_scale(args.weight_scale, n);
+    return embed<ProductI8>(args, CentredBytes<ProductI8>{}, weight_scale, bias);
+  }
+  const float* scale = vectors.take(args.channel_scale, 0, channels, 1.0f);
+  const float* shift = vectors.take(args.channel_shift, 0, channels, 0.0f);
+  embed<P>(args, Normalized{scale, shift}, nullptr, bias);
 }
 
 }  // namespace

@@ -27,6 +27,7 @@ class PatchEmbed(nn.Module):
         mean, std: `in_chans` numbers each: images are normalised on the way in, (image - mean) / std, and uint8 images
             are divided by 255 first.
         layout: "NCHW" for images (B, C, H, W), or "NHWC" for (B, H, W, C), as decoders write them.
+        quantize: None, or "int8" to multiply uint8 images as integers, on the CPU; see `ops.patch_embed`.
     """
 
     def __init__(
@@ -39,8 +40,11 @@ class PatchEmbed(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         layout: str = "NCHW",
+        quantize: str | None = None,
     ) -> None:
         super().__init__()
+        if quantize not in (None, "int8"):
+            raise ValueError(f"quantize: {quantize!r} is not known; accepted: 'int8' or None")
         if layout not in ("NCHW", "NHWC"):
             raise ValueError(f"layout: {layout!r} is not known; accepted: NCHW, NHWC")
         self.img_size = _pair(img_size)
@@ -53,6 +57,7 @@ class PatchEmbed(nn.Module):
         self.mean = None if mean is None else tuple(mean)
         self.std = None if std is None else tuple(std)
         self.layout = layout
+        self.quantize = quantize
 
     def image_size(self, x: Tensor) -> tuple[int, int]:
         """(H, W) of a batch of images."""
@@ -83,4 +88,5 @@ class PatchEmbed(nn.Module):
             mean=self.mean,
             std=self.std,
             layout=self.layout,
+            quantize=self.quantize if x.dtype == torch.uint8 else None,
         )

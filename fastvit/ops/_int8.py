@@ -11,6 +11,7 @@ a process that has sharded anything keeps no entries, and quantises at every cal
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,13 +19,12 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastvit.ops import _backend
-from fastvit.reference.int8 import rotation
+from fastvit.reference.int8 import patch_weight, rotation
 
 
 class _Entry(NamedTuple):
     stamp: tuple[object, ...]
-    values: Tensor  # (N, K padded) int8, rotated
-    scale: Tensor  # (N,) float32
+    form: tuple[Tensor, ...]
 
 
 # Threads share it without a lock: a dictionary's own operations are atomic, entries are never changed, and two threads
@@ -33,13 +33,29 @@ _entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def operand(weight: Tensor, quantize: str | None) -> tuple[Tensor, Tensor | None]:
-    """`weight` (N, K) as the C++ kernels take it: itself and None, or int8 rows and their scales."""
+    """`weight` (N, K) as the C++ kernels take it: itself and None; or (N, K padded) int8, rotated, and scales (N,)."""
     if quantize is None:
         return weight.contiguous(), None
+    values, scale = _form(weight, _quantized)
+    return values, scale
+
+
+def patch_operand(
+    weight: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`weight` (D, C, P1, P2) for patches of bytes less 128, as `fastvit.reference.int8.patch_weight` says."""
+    numbers = tuple(None if n is None else tuple(n) for n in (mean, std))
+    values, scale, shift = _form(weight, lambda dense: _for_patches(dense, *numbers), numbers)
+    return values, scale, shift
+
+
+def _form(weight: Tensor, make: Callable[[Tensor], tuple[Tensor, ...]], *settings: object) -> tuple[Tensor, ...]:
+    """What `make` makes of a contiguous `weight`, kept as long as nothing of it and no setting changes."""
     dense = weight.detach().contiguous()
     if not keeps():
-        return _quantized(dense)
+        return make(dense)
     stamp = (
+        settings,
         weight.data_ptr(),
         weight.shape,
         weight.stride(),
@@ -50,8 +66,8 @@ def operand(weight: Tensor, quantize: str | None) -> tuple[Tensor, Tensor | None
     entry = _entries.get(weight)
     if entry is None or entry.stamp != stamp:
         # The stamp is older than the values: a change in between is found at the next call.
-        entry = _entries[weight] = _Entry(stamp, *_quantized(dense))
-    return entry.values, entry.scale
+        entry = _entries[weight] = _Entry(stamp, make(dense))
+    return entry.form
 
 
 def keeps() -> bool:
@@ -77,3 +93,9 @@ def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
         view(values), view(scale), view(weight), torch.get_num_threads()
     )
     return values, scale
+
+
+def _for_patches(weight: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> tuple[Tensor, ...]:
+    with torch.inference_mode(False), torch.no_grad():
+        values, scale, shift = patch_weight(weight.clone(), mean, std)
+        return values.contiguous(), scale, shift

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastvit import reference
-from fastvit.ops import _backend, _checks
+from fastvit.ops import _backend, _checks, _int8
 from fastvit.ops._library import as_gradients, autocast_dtype, define, gradients_like, in_dtype, register, spread
 
 LAYOUTS = ("NCHW", "NHWC")
@@ -27,6 +27,7 @@ def patch_embed(
     mean: Sequence[float] | Tensor | None = None,
     std: Sequence[float] | Tensor | None = None,
     layout: str = "NCHW",
+    quantize: str | None = None,
 ) -> Tensor:
     """Image to tokens (Dosovitskiy et al. 2020, section 3.1).
 
@@ -41,6 +42,9 @@ def patch_embed(
         prefix: (R, D) or (1, R, D), class and register tokens with their own positions added: the first R tokens.
         mean, std: C numbers; the product sees (image - mean) / std.
         layout: "NCHW" or "NHWC", the order of the image's dimensions; it is never guessed from the shape.
+        quantize: None, or "int8" for a product of integers, of a uint8 image only: bytes as they are times weights in
+            int8 per output channel, whose rounding errors cancel where an image is smooth (`fastvit.reference.int8`).
+            Gradients are those of the float product.
 
     Returns:
         (B, R + N, D), contiguous; dtype of a float `image`, else of `weight`; or autocast's.
@@ -60,6 +64,7 @@ def patch_embed(
             mean=mean,
             std=std,
             layout=layout,
+            quantize=quantize,
         )
     _checks.tensor("image", image)
     _checks.tensor("weight", weight)
@@ -73,6 +78,7 @@ def patch_embed(
         _numbers("std", std),
         autocast_dtype(weight),
         layout,
+        quantize,
     )
 
 
@@ -98,6 +104,7 @@ def _output(
     std: list[float] | None,
     dtype: torch.dtype | None,
     layout: str,
+    quantize: str | None = None,
 ) -> Tensor:
     """Check everything and return the empty result: also the operator's fake version."""
     if image.dtype != torch.uint8 and image.dtype not in _checks.FLOATS:
@@ -105,6 +112,9 @@ def _output(
         raise TypeError(f"image: dtype {image.dtype} is not accepted; give {accepted}")
     _checks.floating("weight", weight)
     _checks.one_of("layout", layout, LAYOUTS)
+    _checks.quantize(quantize)
+    if quantize is not None and image.dtype != torch.uint8:
+        raise ValueError(f"quantize: {quantize!r} takes no image of {image.dtype}; accepted: None, or uint8 pixels")
     _checks.ndim("image", image, 4, "(B, C, H, W)" if layout == "NCHW" else "(B, H, W, C)")
     _checks.ndim("weight", weight, 4, "(D, C, P1, P2)")
     batch, channels, height, width = _channels_first(image, layout).shape
@@ -152,15 +162,21 @@ def _kernel(
     std: list[float] | None,
     dtype: torch.dtype | None,
     layout: str,
+    quantize: str | None = None,
 ) -> Tensor:
-    out = _output(image, weight, bias, pos_embed, prefix, mean, std, dtype, layout)
+    out = _output(image, weight, bias, pos_embed, prefix, mean, std, dtype, layout, quantize)
     if out.numel() == 0:
         return out
     backend = _backend.choose(image, out.dtype, weight, bias, pos_embed, prefix)
     if backend == "cpp":
         image = _channels_first(image, layout)
-        scale, shift = _channel_affine(image, mean, std)
-        tensors = [image, *map(_backend.contiguous, (weight, bias, pos_embed, prefix)), scale, shift]
+        affine = _channel_affine(image, mean, std) if quantize is None else (None, None)
+        weight_scale = None
+        if quantize is not None:
+            weight, weight_scale, shift = _int8.patch_operand(weight, mean, std)
+            bias = shift if bias is None else shift + bias
+        others = map(_backend.contiguous, (bias, pos_embed, prefix))
+        tensors = [image, weight.contiguous(), weight_scale, *others, *affine]
         _backend.extension().patch_embed(  # type: ignore[union-attr]
             _backend.view(out),
             *map(_backend.view, tensors),
@@ -168,6 +184,19 @@ def _kernel(
             torch.get_num_threads(),
         )
         return out
+    if quantize is not None:
+        with torch.autocast(image.device.type, enabled=False):
+            return reference.patch_embed(
+                image,
+                weight,
+                bias,
+                pos_embed=pos_embed,
+                prefix=prefix,
+                mean=mean,
+                std=std,
+                layout=layout,
+                quantize=quantize,
+            ).to(out.dtype)
     if backend == "triton":
         if dtype is not None:
             image = image.to(dtype) if image.is_floating_point() else image
@@ -176,7 +205,7 @@ def _kernel(
         return _backend.triton_kernel("patch_embed")(
             image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std
         )
-    return _reference(image, weight, bias, pos_embed, prefix, mean, std, dtype, layout)
+    return _reference(image, weight, bias, pos_embed, prefix, mean, std, dtype, layout, quantize)
 
 
 def _channel_affine(
@@ -208,7 +237,9 @@ def _reference(
     std: list[float] | None,
     dtype: torch.dtype | None,
     layout: str,
+    quantize: str | None = None,
 ) -> Tensor:
+    # Without `quantize`: a gradient takes rounding for the identity.
     with in_dtype(dtype, image.device):
         tokens = reference.patch_embed(
             image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std, layout=layout
@@ -255,19 +286,19 @@ _backward_op = define(
 
 
 def _backward(saved: tuple[Any, ...], grad: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None] | None:
-    image, weight, *rest, dtype, layout = saved
+    image, weight, *rest, dtype, layout, _ = saved
     if image.numel() == 0 or grad.numel() == 0 or not _backend.differentiates(weight, dtype or weight.dtype):
         return None
     grads = _backward_op(grad, _channels_first(image, layout), weight, *rest, dtype, needs[:5])
     image_grad, *others = spread(grads, needs[:5])
     if image_grad is not None and layout == "NHWC":
         image_grad = image_grad.permute(0, 2, 3, 1)
-    return [image_grad, *others, *[None] * 4]
+    return [image_grad, *others, *[None] * 5]
 
 
 _op = register(
     "patch_embed(Tensor image, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, float[]? mean, "
-    "float[]? std, ScalarType? dtype, str layout) -> Tensor",
+    "float[]? std, ScalarType? dtype, str layout, str? quantize=None) -> Tensor",
     kernel=_kernel,
     fake=_output,
     reference=_reference,

@@ -368,18 +368,27 @@ def patch_embed(
     mean: Sequence[float] | Tensor | None = None,
     std: Sequence[float] | Tensor | None = None,
     layout: str = "NCHW",
+    quantize: Quantize = None,
 ) -> Tensor:
     """Cut into patches, flatten, project, add positions, prepend; arguments as in `fastvit.ops.patch_embed`."""
-    image = normalize_image(image, weight.dtype, mean, std, layout)
+    if quantize is None:
+        image = normalize_image(image, weight.dtype, mean, std, layout)
+    elif layout == "NHWC":
+        image = image.permute(0, 3, 1, 2)
     patches = image.unfold(2, weight.shape[2], weight.shape[2]).unfold(3, weight.shape[3], weight.shape[3])
     # (B, C, rows, columns, P1, P2) -> (B, N, C * P1 * P2), the order of a convolution's weight.
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-    x = _linear(patches, weight.flatten(1), bias)
+    if quantize is None:
+        x = _linear(patches, weight.flatten(1), bias)
+    else:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        x = int8.patches(patches, weight, mean, std).to(wide)
+        x = x if bias is None else x + bias
     if pos_embed is not None:
         x = (x + pos_embed).to(x.dtype)
     if prefix is not None:
         x = torch.cat([prefix.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
-    return x
+    return x if quantize is None else x.to(weight.dtype)
 
 
 def pool(

@@ -160,6 +160,8 @@ def test_int8_is_measured_where_the_extension_has_it(monkeypatch, served):
     dtypes = {step.dtype for step in cpu.steps(["model", "pool"], quick=True) if step.operator == "model"}
     assert (torch.int8 in dtypes) is served
     assert all(step.dtype != torch.int8 for step in cpu.steps(["pool"], quick=True))
+    names = {step.name for step in cpu.steps(["patch_embed"], quick=True) if step.dtype == torch.int8}
+    assert names == (set(bench_patch_embed.NAMES) - {"image"} if served else set())
 
 
 def test_int8_stands_beside_fastvits_own_bfloat16(monkeypatch):

@@ -168,6 +168,7 @@ def patch_embed(
     prefix: Tensor | None = None,
     channel_scale: Tensor | None = None,
     channel_shift: Tensor | None = None,
+    weight_scale: Tensor | None = None,
     compute: torch.dtype = torch.float32,
     out_dtype: torch.dtype | None = None,
     threads: int = 2,
@@ -175,7 +176,7 @@ def patch_embed(
     patches = (image.shape[2] // weight.shape[2]) * (image.shape[3] // weight.shape[3])
     rows = patches + (0 if prefix is None else prefix.shape[0])
     out = blank(image.shape[0], rows, weight.shape[0], dtype=out_dtype or compute)
-    views = map(view, (out, image, weight, bias, pos_embed, prefix, channel_scale, channel_shift))
+    views = map(view, (out, image, weight, weight_scale, bias, pos_embed, prefix, channel_scale, channel_shift))
     kernels.patch_embed(*views, compute_code(compute), threads)
     return out
 

@@ -71,6 +71,24 @@ def test_interleaved_bytes(isa: str, dtype: torch.dtype, channels: int, step: in
     assert_close(actual, truth, eager=by_torch(seen.to(dtype), w, None, None, None))
 
 
+@pytest.mark.parametrize("patch", [(16, 16), (14, 14), (8, 8), (3, 21)])
+@pytest.mark.parametrize(("channels", "step"), [(1, 1), (3, 3), (3, 4), (4, 4), (3, 5), (3, 0)])
+def test_bytes_as_integers(isa: str, dtype: torch.dtype, channels: int, step: int, patch: tuple[int, int]) -> None:
+    # `step` bytes to a pixel; 0 for planes.
+    size = (2 * patch[0], 5 * patch[1])
+    shape = (2, *size, step) if step else (2, channels, *size)
+    x = torch.randint(0, 256, shape, generator=nasty.generator(), dtype=torch.uint8)
+    x = x[..., :channels].permute(0, 3, 1, 2) if step else x
+    w = torch.randint(-127, 128, (72, channels, *patch), generator=nasty.generator(1), dtype=torch.int8)
+    scale, b, pos, prefix = plain.cast(
+        torch.float32, nasty.vector(72, 7), nasty.vector(72), nasty.tokens(10, 72), nasty.tokens(2, 72)
+    )
+    actual = call.patch_embed(x, w, b, pos_embed=pos, prefix=prefix, weight_scale=scale, compute=dtype)
+    wide = F.conv2d(x.double() - 128, w.double(), stride=patch).flatten(2).transpose(1, 2) * scale + b + pos
+    truth = torch.cat([prefix.double().expand(2, -1, -1), wide], dim=1)
+    assert_close(actual, truth, eager=truth.to(dtype))
+
+
 _AT_THE_END_OF_MEMORY = """
 import ctypes, mmap, torch
 from fastvit import _C

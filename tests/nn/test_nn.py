@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvit import nn as fnn
+from fastvit import ops
 from tests import nasty
 from tests.tolerances import assert_close
 
@@ -191,6 +192,18 @@ def test_a_hook_on_the_patch_projection_fires(layout, dtype):
     assert calls == [1]
 
 
+def test_integer_patches_are_for_bytes():
+    kwargs = {"embed_dim": 24, "mean": [0.5] * 3, "std": [0.3] * 3}
+    embed = nasty.randomize(fnn.PatchEmbed(16, 8, **kwargs, quantize="int8"))
+    image = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=nasty.generator())
+    numbers = {"mean": embed.mean, "std": embed.std, "quantize": "int8"}
+    assert torch.equal(embed(image), ops.patch_embed(image, embed.proj.weight, embed.proj.bias, **numbers))
+    plain = fnn.PatchEmbed(16, 8, **kwargs)
+    plain.load_state_dict(embed.state_dict())
+    assert torch.equal(embed(image / 255), plain(image / 255))
+    assert not torch.equal(embed(image), plain(image))
+
+
 def test_attention_options():
     """What the operator takes, the module passes on."""
     attn = nasty.randomize(fnn.Attention(64, 2, qkv_bias=True)).eval()
@@ -288,6 +301,7 @@ def test_images_of_decoders(channels):
         (lambda: fnn.DropPath(1.0), "drop_prob: 1.0"),
         (lambda: fnn.PatchEmbed(8, 16), "img_size"),
         (lambda: fnn.PatchEmbed(16, 8, layout="CHW"), "layout: 'CHW'"),
+        (lambda: fnn.PatchEmbed(16, 8, quantize="fp8"), "quantize: 'fp8'"),
     ],
 )
 def test_bad_arguments(make, message):

@@ -238,7 +238,7 @@ def test_load_state_dict_optimizer_and_to(linear, made):
 def test_an_entry_goes_with_its_weight():
     x, linear = nasty.tokens(7, 96).float(), nn.Linear(96, 56)
     apply(x, linear)
-    values = weakref.ref(_int8._entries[linear.weight].values)
+    values = weakref.ref(_int8._entries[linear.weight].form[0])
     gc.disable()
     try:
         del linear

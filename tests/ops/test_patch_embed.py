@@ -6,12 +6,13 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_sample_images
 from torch._subclasses import FakeTensorMode
 
 from fastvit import ops, reference
 from tests import nasty
 from tests.ops.harness import BACKENDS, DTYPES, check, check_gradients
-from tests.tolerances import assert_close
+from tests.tolerances import INT8, LOW_PRECISION_RATIO, assert_close, relative_l2
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -184,6 +185,85 @@ def test_autocast():
     assert_close(actual, truth, eager=eager)
 
 
+def photographs(patch=16):
+    """(2, 3, H, W) uint8."""
+    images = torch.stack([torch.from_numpy(image.copy()) for image in load_sample_images().images])
+    return images.permute(0, 3, 1, 2)[:, :, : 24 * patch, : 24 * patch].contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("patch", [16, 14])
+def test_int8_of_photographs_is_as_near_as_bfloat16(patch, backend, dtype):
+    image, weight, bias = photographs(patch), nasty.weight(96, 3, patch, patch).to(dtype), nasty.vector(96).to(dtype)
+    seen = reference.normalize_image(image, torch.float64, MEAN, STD)
+    truth = reference.patch_embed(seen, weight.double(), bias.double())
+    low = reference.patch_embed(seen.bfloat16().double(), weight.bfloat16().double(), bias.double())
+    with ops.use_backend(backend):
+        actual = ops.patch_embed(image, weight, bias, mean=MEAN, std=STD, quantize="int8")
+    assert actual.dtype == dtype
+    assert 1e-4 < relative_l2(actual, truth) < LOW_PRECISION_RATIO * relative_l2(low.to(dtype), truth)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_of_noise(dtype, layout):
+    (image, weight, bias), kwargs = arguments()
+    weight, bias, kwargs = weight.to(dtype), bias.to(dtype), {name: t.to(dtype) for name, t in kwargs.items()}
+    image = torch.randint(0, 256, image.shape, generator=nasty.generator(), dtype=torch.uint8)
+    given = image if layout == "NCHW" else image.permute(0, 2, 3, 1).contiguous()
+    numbers = {"mean": torch.tensor(MEAN), "std": torch.tensor(STD), "quantize": "int8"}
+    actual = ops.patch_embed(given, weight, bias, **kwargs, **numbers, layout=layout)
+    expected = reference.patch_embed(image, weight.double(), bias.double(), **double(kwargs), **numbers)
+    assert_close(actual, expected, eager=expected.to(dtype))
+    truth = reference.patch_embed(image, weight.double(), bias.double(), **double(kwargs), mean=MEAN, std=STD)
+    assert relative_l2(actual, truth) < INT8
+
+
+def double(tensors):
+    return {name: t.double() for name, t in tensors.items()}
+
+
+def test_int8_gradients_are_those_of_the_float_product():
+    (image, weight, bias), _ = arguments(grid=(2, 2), patch=(4, 4), d=8)
+    image = torch.randint(0, 256, image.shape, generator=nasty.generator(), dtype=torch.uint8)
+    gradients = []
+    for quantize in ("int8", None):
+        leaves = [weight.float().requires_grad_(), bias.float().requires_grad_()]
+        ops.patch_embed(image, *leaves, mean=MEAN, std=STD, quantize=quantize).square().sum().backward()
+        gradients.append([t.grad for t in leaves])
+    seed = 2 * ops.patch_embed(image, weight.float(), bias.float(), mean=MEAN, std=STD, quantize="int8")
+    leaves = [weight.double().requires_grad_(), bias.double().requires_grad_()]
+    reference.patch_embed(image, *leaves, mean=MEAN, std=STD).backward(seed.double())
+    for mine, exact, plain in zip(gradients[0], leaves, gradients[1], strict=True):
+        assert_close(mine, exact.grad)
+        assert relative_l2(mine, plain.double()) < INT8
+
+
+def test_int8_follows_weights_and_numbers():
+    (image, weight, _), _ = arguments()
+    image, weight = (255 * image.clamp(0, 1)).to(torch.uint8), weight.float()
+
+    def check(mean, std):
+        actual = ops.patch_embed(image, weight, mean=mean, std=std, quantize="int8")
+        assert relative_l2(actual, reference.patch_embed(image, weight.double(), mean=mean, std=std)) < INT8
+
+    check(MEAN, STD)
+    check(None, STD)
+    check(MEAN, None)
+    weight.neg_()
+    check(MEAN, None)
+    weight.data = 2 * weight
+    check(MEAN, None)
+
+
+def test_int8_is_an_operator_that_compiles():
+    (image, weight, bias), kwargs = arguments()
+    image = (255 * image.clamp(0, 1)).to(torch.uint8)
+    tensors = (image, *(t.float() for t in (weight, bias, *kwargs.values())))
+    torch.library.opcheck(torch.ops.fastvit.patch_embed.default, (*tensors, MEAN, STD, None, "NCHW", "int8"))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -204,6 +284,8 @@ def test_autocast():
         ({"weight": torch.zeros(8, 3, 0, 16)}, ValueError, "weight: shape"),
         ({"image": None}, TypeError, "image: NoneType"),
         ({"std": (0.5, 0.0, 0.5)}, ValueError, "std"),
+        ({"quantize": "int8"}, ValueError, "quantize: 'int8' takes no image of torch.float32"),
+        ({"quantize": "int4"}, ValueError, "quantize: 'int4' is not known"),
     ],
 )
 def test_bad_arguments(change, error, message):

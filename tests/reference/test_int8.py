@@ -106,3 +106,32 @@ def test_operators(dtype):
     out = reference.linear_residual(cast(hidden), cast(w2), residual=cast(residual), quantize="int8")
     assert out.dtype == dtype
     assert 1e-4 < relative_l2(out, hidden @ w2.T) < INT8
+
+
+@pytest.mark.parametrize("patch", [(16, 16), (14, 14), (3, 5), (1, 1)])
+def test_a_patch_weight_passes_its_rounding_errors_on(patch):
+    weight, mean, std = nasty.weight(9, 3, *patch), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    weight[4] = 0.0
+    values, scale, _ = int8.patch_weight(weight, mean, std)
+    assert values.dtype == torch.int8
+    assert values.shape == weight.shape
+    assert values.flatten(1).abs().amax() <= 127
+    assert (values.flatten(1).abs().amax(1)[scale > 0] >= 125).all()
+    exact = weight / (255 * torch.tensor(std, dtype=torch.float64)).view(3, 1, 1)
+    errors = (values * scale.double().view(-1, 1, 1, 1) - exact) / scale.double().clamp(min=1e-30).view(-1, 1, 1, 1)
+    assert errors.abs().amax() <= 1.001
+    # However many pixels are summed from the first on, in the order of the passing on: half a step.
+    ordered = errors.flatten(1, 2).clone()
+    ordered[:, 1::2] = ordered[:, 1::2].flip(2)
+    assert ordered.flatten(1).cumsum(1).abs().amax() <= 0.501
+    # A patch of the mean is a normalised patch of zeros.
+    means = 255 * torch.tensor(mean, dtype=torch.float64).repeat_interleave(patch[0] * patch[1])
+    assert int8.patches(means, weight, mean, std).abs().amax() <= 1e-4 * weight.norm()
+
+
+def test_a_patch_weight_that_is_not_finite_is_never_a_number():
+    weight = nasty.weight(4, 3, 4, 4)
+    weight[1, 0, 2, 3], weight[2, 2, 0, 0] = torch.nan, torch.inf
+    products = int8.patches(torch.full((5, 48), 7, dtype=torch.uint8), weight, None, None)
+    assert products.isnan().any(0).tolist() == [False, True, True, False]
+    assert products.isnan().all(0).tolist() == [False, True, True, False]
