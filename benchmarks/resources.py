@@ -132,11 +132,12 @@ def _attention_cases() -> Iterator[Case]:
                 if not backward:
                     attention(q, k, v, **arguments)
                     return
-                lse = _meta(*Call(q, k, v, **arguments).lse_shape, dtype=torch.float32)
+                numbers = 2 if bias or dtype == torch.float32 else 1
+                softmax = _meta(numbers, *Call(q, k, v, **arguments).row_shape, dtype=torch.float32)
                 out = _meta(*q.shape[:2], heads * head_dim, dtype=dtype)
-                index = _meta(*lse.shape[2:] * 2, dtype=torch.int64) if "bias_table" in options else None
+                index = _meta(*softmax.shape[3:] * 2, dtype=torch.int64) if "bias_table" in options else None
                 attention_backward(
-                    q, k, v, out, torch.empty_like(out), lse, bias_needs_grad=bias, table_index=index, **arguments
+                    q, k, v, out, torch.empty_like(out), softmax, bias_needs_grad=bias, table_index=index, **arguments
                 )
 
         operator = "attention backward" if backward else "attention"

@@ -24,6 +24,11 @@ runs 220 such instructions in a nanosecond, so six loads of a key would cost wha
 (`_READERS`), since prepared keys can't be copied to shared memory behind the arithmetic.  Where the programs don't fill
 the GPU once, launches are what counts, and any number may.  `_prepares_inside` is the rule.
 
+Without a bias, scale and log2 e are one factor in the exponential.  The product of a row's maximum with it is rounded,
+which makes all its weights too large or too small alike and cancels in the quotient; logits beyond 1e8 would leave the
+range of the weights.  With a bias the maximum is taken off first, so that the least finite one, which some masks are
+made of, masks a key, but not the whole of a row.
+
 attention_call.py tells how kernels take their arguments, attention_tile.py what they do to a tile.
 """
 
@@ -41,6 +46,7 @@ import triton.language as tl
 from fastvit.kernels.attention_call import Call, Tile, heads_of, unit_stride
 from fastvit.kernels.attention_prologue import load_k, load_q, prologue
 from fastvit.kernels.attention_tile import (
+    Softmax,
     add_product,
     adjust,
     drop,
@@ -49,9 +55,11 @@ from fastvit.kernels.attention_tile import (
     load,
     locate,
     locate_head,
+    power,
     product,
-    statistics,
+    softmax_of,
     store,
+    store_softmax,
     weights,
     zero_pieces,
 )
@@ -118,10 +126,10 @@ _SHORT: dict[str, dict[int, tuple[int, int, int]]] = {
 _READERS, _WIDEST_PREPARED = 4, 128
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, lse: Tensor | None = None, **options: Any) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, softmax: Tensor | None = None, **options: Any) -> Tensor:
     """Launch: the meaning of `fastvit.ops.attention`.
 
-    lse: float32 `Call.lse_shape`, where the log2 of every row's sum is written for the backward.
+    softmax: float32 (1 or 2, *`Call.row_shape`), where `Softmax` is written for the backward, in one number or two.
     options: as `Call` names them.
     """
     call = Call(unit_stride(q), unit_stride(k), unit_stride(v), **options)
@@ -132,8 +140,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, lse: Tensor | None = None, **o
     arguments = call.arguments() | {
         "prologue": call.prologue(),
         "out": rows_out,
-        "lse": lse,
-        "C": call.static(rows_out),
+        "softmax": None if softmax is None else Softmax(softmax[0], softmax[-1]),
+        "C": replace(call.static(rows_out), exact=softmax is not None and len(softmax) == 2),
     }
     if parts := _parts(call):
         launch(
@@ -213,14 +221,7 @@ def _tail(keys: int) -> tuple[int, int]:
 @triton.jit
 def _inverse(total):
     """A row whose every key is masked has a total of 0 and gives zeros."""
-    return (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
-
-
-@triton.jit
-def _store_lse(lse, m, nq, top, total):
-    # The backward takes exp2(s - inf), which is 0, of a row whose every key is masked.
-    value = tl.where(total == 0.0, float("inf"), top + tl.log2(total))
-    tl.store(lse + m, value, mask=m < nq)
+    return 1.0 / tl.where(total == 0.0, 1.0, total)
 
 
 @triton.jit
@@ -231,7 +232,7 @@ def _finite(top):
 
 @triton.jit
 def _short(
-    q, k, v, out, lse, sizes, changes, prologue, parts,
+    q, k, v, out, softmax, sizes, changes, prologue, parts,
     C: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """All of one head, or one of `parts` that split its queries."""
@@ -273,9 +274,9 @@ def _short(
             total += tl.sum(p, 1)
             n = first(CHUNKS, c) + tl.arange(0, CHUNKS[c])
             acc = add_product(drop(p, m[:, None], n[None, :], place, changes), vs[c], acc, C)
-        store(out, m, nq, acc, _inverse(total), place, C)
-        if lse is not None:
-            _store_lse(statistics(lse, place, sizes), m, nq, top, total)
+        store(out, m, nq, acc, _inverse(total)[:, None], place, C)
+        if softmax is not None:
+            store_softmax(softmax_of(softmax, place, sizes), m, nq, top, total, C)
 
 
 @triton.jit
@@ -295,7 +296,7 @@ def _online(
     if C.holes:
         base = _finite(new_top)
     p = weights(s, scale, base[:, None], C)
-    shrink = tl.exp2(top - base)
+    shrink = power(top - base, C)
     total = total * shrink + tl.sum(p, 1)
     scaled = ()
     for i in tl.static_range(len(acc)):
@@ -306,7 +307,7 @@ def _online(
 
 @triton.jit
 def _long(
-    q, k, v, out, lse, sizes, changes, prologue,
+    q, k, v, out, softmax, sizes, changes, prologue,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """One block of queries."""
@@ -340,8 +341,6 @@ def _long(
         acc, total, top = _online(
             qs, k, v, m, full + TAIL, place, scale, changes, prologue, acc, total, top, True, LAST, C
         )
-    store(out, m, nq, acc, _inverse(total), place, C)
-    if lse is not None:
-        if C.holes:
-            top = _finite(top)
-        _store_lse(statistics(lse, place, sizes), m, nq, top, total)
+    store(out, m, nq, acc, _inverse(total)[:, None], place, C)
+    if softmax is not None:
+        store_softmax(softmax_of(softmax, place, sizes), m, nq, top, total, C)

@@ -1,7 +1,7 @@
-"""The backward of attention: from q, k, v, out and the log2 of each row's sum to the gradients.
+"""The backward of attention: from q, k, v, out and the log of each row's sum to the gradients.
 
-Shapes as in attention.py; grad (B, Nq, H * D) is that of out, dq, dk, dv have the shapes of q, k, v, lse and delta
-(the row sums of grad * out, Dao et al. 2022) are float32 (B, H, Nq).
+Shapes as in attention.py; grad (B, Nq, H * D) is that of out, dq, dk, dv have the shapes of q, k, v; that log and
+delta (the row sums of grad * out, Dao et al. 2022) are float32 (B, H, Nq).
 
 Cost per head in 16 bits: 14 Nq Nk D flops in seven products (the logits and d p are made twice, once for dk and dv and
 once for dq), 2 Nq Nk exponentials, (4 Nq + 4 Nk) 2 D bytes.  ViT-B/16 at 224: 35 MFLOP and 202 KB, 172 flops a byte.
@@ -10,11 +10,20 @@ Deterministic, without atomics.  `_whole` (Nq, Nk <= 400): one program per head,
 then one over the queries for dq, so that memory is read once.  Beyond: `_queries` (dq and delta), then `_keys` (dk and
 dv).  The gradient of a bias, or of a table that it is read from, is summed over whatever it was broadcast to by a third
 kernel, which makes the logits once more.
+
+The log of a row's sum comes in one number or two (`Softmax`).  One is off by 4e-8 of the row's largest logit, and the
+row's weights with it: in 16 bits that is less than the rounding of a weight up to logits of 5e4 in bfloat16 and 1e4 in
+float16, and the second number would take 4 % more instructions, and registers that `_whole` and `_keys` lack.  Beside
+the -1e30 of a bias, or in float32, only two will do.
+
+A row that gives one key all its weight has no gradient of its logits, but dp and delta, rounded apart, leave their last
+bit in dq and dk, where autograd through a softmax leaves 0.  At logits of 1e4 what few gradients remain are smaller
+than these: the relative error is 2e-2 in float32, autograd's 6e-3, in float16 0.7 and 0.3.  Summing p dp instead would
+take nine products for seven.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -23,17 +32,20 @@ import triton
 import triton.language as tl
 from fastvit.kernels.attention_call import Call, Tile, heads_of, rows, unit_stride
 from fastvit.kernels.attention_tile import (
+    Softmax,
     add_product,
     adjust,
     drop,
     head_of,
     load,
+    load_softmax,
     locate,
     locate_head,
+    normalised,
     product,
+    softmax_of,
     statistics,
     store,
-    weights,
     zero_pieces,
     zeros,
 )
@@ -86,7 +98,7 @@ def attention_backward(
     v: Tensor,
     out: Tensor,
     grad: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     *,
     bias_needs_grad: bool = False,
     table_index: Tensor | None = None,
@@ -94,6 +106,7 @@ def attention_backward(
 ) -> Gradients:
     """Launch: the gradients of what `kernels.attention.attention` computed with the same arguments.
 
+    softmax: as the forward wrote it.
     bias_needs_grad: make the gradient of `bias` too.
     table_index: int (Nq, Nk), the entry of `bias_table` that each query and key read; None: no gradient of the table.
     options: as `Call` names them.
@@ -112,13 +125,18 @@ def attention_backward(
     if call.kind == "16" and max(call.nq, call.nk) <= _WHOLE and call.cu_seqlens is None:
         whole = next((tile for widest, tile in _WHOLE_TILES[name].items() if call.width <= widest), None)
     rows_out, rows_grad = (heads_of(unit_stride(t), call.heads) for t in (out, grad))
-    static = replace(call.static(rows_out, rows_grad), precision="tf32" if kind == "16" else kind)
-    arguments = call.arguments() | {"grad": rows_grad, "lse": lse, "delta": None, "C": static}
-    passes = {"out": rows_out, "grad_scale": arguments["sizes"].scale * math.log(2)}
+    precision = "tf32" if kind == "16" else kind
+    arguments = call.arguments() | {
+        "grad": rows_grad,
+        "softmax": Softmax(softmax[0], softmax[-1]),
+        "delta": None,
+        "C": replace(call.static(rows_out, rows_grad), precision=precision, exact=len(softmax) == 2),
+    }
+    passes = {"out": rows_out, "grad_scale": call.logit_scale}
     of_queries = {"dq": rows(dq), "d_rel_h": d_rel_h, "d_rel_w": d_rel_w}
     of_keys = {"dk": rows(dk), "dv": rows(dv)}
     if whole is None or bias_needs_grad or table_index is not None:
-        arguments["delta"] = torch.empty_like(lse)
+        arguments["delta"] = torch.empty_like(softmax[0])
     if whole is not None:
         blocks = -(-max(call.nq, call.nk) // whole.block_n)
         parts = min(blocks, -(-2 * multiprocessors(q.device) // (call.sequences * call.heads)))
@@ -189,7 +207,7 @@ def _table_gradient(d_logits: Tensor, table: Tensor, index: Tensor) -> Tensor:
 
 @triton.jit
 def _key_block(
-    q, k, v, out, grad, lse, delta, dk, dv, start, place, sizes, grad_scale, changes,
+    q, k, v, out, grad, softmax, delta, dk, dv, start, place, sizes, grad_scale, changes,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys.  Tiles of logits are transposed: keys are rows."""
@@ -203,12 +221,12 @@ def _key_block(
         m = row + tl.arange(0, BLOCK_M)
         qs = load(q, row, nq, place, True, BLOCK_M, C)
         gs = load(grad, row, nq, place, True, BLOCK_M, C)
-        # Rows beyond the last weigh exp2(s - inf) = 0.  Keys beyond the last spoil only themselves: no mask.
-        sums = tl.load(lse + m, mask=m < nq, other=float("inf"))
+        of_row = load_softmax(softmax, m, nq, C)
+        # Keys beyond the last spoil only themselves: no mask.
         s = adjust(
             product(ks, qs, C), m[None, :], n[:, None], place, sizes.scale, changes, C.scale_first or C.holes, C
         )  # fmt: skip
-        p = weights(s, sizes.scale, sums[None, :], C)
+        p = normalised(s, sizes.scale, of_row.top[None, :], of_row.rest[None, :], C)
         acc_v = add_product(drop(p, m[None, :], n[:, None], place, changes), gs, acc_v, C)
         if delta is None:
             inner = _row_sums(gs, load(out, row, nq, place, True, BLOCK_M, C))
@@ -249,7 +267,7 @@ def _store_relative(ptr, m, nq, acc, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _query_block(
-    q, k, v, out, grad, lse, delta, dq, d_rel_h, d_rel_w, start, place, sizes, grad_scale, changes,
+    q, k, v, out, grad, softmax, delta, dq, d_rel_h, d_rel_w, start, place, sizes, grad_scale, changes,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries, and delta where there is room for it."""
@@ -260,7 +278,7 @@ def _query_block(
     inner = _row_sums(gs, load(out, start, nq, place, True, BLOCK_M, C))
     if delta is not None:
         tl.store(delta + m, inner, mask=m < nq)
-    sums = tl.load(lse + m, mask=m < nq, other=float("inf"))
+    of_row = load_softmax(softmax, m, nq, C)
     acc = zero_pieces(BLOCK_M, C)
     if d_rel_h is not None:
         KEYS: tl.constexpr = C.keys
@@ -272,7 +290,7 @@ def _query_block(
         ks = load(k, first, place.nk, place, True, BLOCK_N, C)
         vs = load(v, first, place.nk, place, True, BLOCK_N, C)
         s = adjust(product(qs, ks, C), m[:, None], n[None, :], place, sizes.scale, changes, True, C)
-        p = weights(s, sizes.scale, sums[:, None], C)
+        p = normalised(s, sizes.scale, of_row.top[:, None], of_row.rest[:, None], C)
         dp = drop(product(gs, vs, C), m[:, None], n[None, :], place, changes)
         ds = (p * (dp - inner[:, None])).to(ks[0].dtype)
         acc = add_product(ds, ks, acc, C)
@@ -291,7 +309,7 @@ def _query_block(
 
 @triton.jit
 def _whole(
-    q, k, v, out, grad, lse, delta, dq, d_rel_h, d_rel_w, dk, dv, sizes, changes, grad_scale, parts,
+    q, k, v, out, grad, softmax, delta, dq, d_rel_h, d_rel_w, dk, dv, sizes, changes, grad_scale, parts,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All of one head, or one of `parts` that split it."""
@@ -305,52 +323,52 @@ def _whole(
     dq = head_of(dq, place, C)
     dk = head_of(dk, place, C)
     dv = head_of(dv, place, C)
-    lse = statistics(lse, place, sizes)
+    softmax = softmax_of(softmax, place, sizes)
     if delta is not None:
         delta = statistics(delta, place, sizes)
     for block in tl.range(part, tl.cdiv(sizes.nk, BLOCK_N), parts):
         _key_block(
-            q, k, v, out, grad, lse, None, dk, dv, block * BLOCK_N, place, sizes, grad_scale, changes,
+            q, k, v, out, grad, softmax, None, dk, dv, block * BLOCK_N, place, sizes, grad_scale, changes,
             C, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     for block in tl.range(part, tl.cdiv(sizes.nq, BLOCK_M), parts):
         _query_block(
-            q, k, v, out, grad, lse, delta, dq, d_rel_h, d_rel_w, block * BLOCK_M, place, sizes, grad_scale, changes,
-            C, BLOCK_M, BLOCK_N,
+            q, k, v, out, grad, softmax, delta, dq, d_rel_h, d_rel_w, block * BLOCK_M, place, sizes, grad_scale,
+            changes, C, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
 @triton.jit
 def _queries(
-    q, k, v, out, grad, lse, delta, dq, d_rel_h, d_rel_w, sizes, changes, grad_scale,
+    q, k, v, out, grad, softmax, delta, dq, d_rel_h, d_rel_w, sizes, changes, grad_scale,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of queries."""
     start, place = locate(tl.program_id(0), sizes.nq, sizes, BLOCK_M, C)
     _query_block(
         head_of(q, place, C), head_of(k, place, C), head_of(v, place, C), head_of(out, place, C),
-        head_of(grad, place, C), statistics(lse, place, sizes), statistics(delta, place, sizes), head_of(dq, place, C),
-        d_rel_h, d_rel_w, start, place, sizes, grad_scale, changes, C, BLOCK_M, BLOCK_N,
+        head_of(grad, place, C), softmax_of(softmax, place, sizes), statistics(delta, place, sizes),
+        head_of(dq, place, C), d_rel_h, d_rel_w, start, place, sizes, grad_scale, changes, C, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
 @triton.jit
 def _keys(
-    q, k, v, out, grad, lse, delta, dk, dv, sizes, changes, grad_scale,
+    q, k, v, out, grad, softmax, delta, dk, dv, sizes, changes, grad_scale,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of keys, after `_queries` has left delta."""
     start, place = locate(tl.program_id(0), sizes.nk, sizes, BLOCK_N, C)
     _key_block(
         head_of(q, place, C), head_of(k, place, C), head_of(v, place, C), head_of(out, place, C),
-        head_of(grad, place, C), statistics(lse, place, sizes), statistics(delta, place, sizes), head_of(dk, place, C),
-        head_of(dv, place, C), start, place, sizes, grad_scale, changes, C, BLOCK_M, BLOCK_N,
+        head_of(grad, place, C), softmax_of(softmax, place, sizes), statistics(delta, place, sizes),
+        head_of(dk, place, C), head_of(dv, place, C), start, place, sizes, grad_scale, changes, C, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
 @triton.jit
 def _logits_summed(
-    q, k, v, grad, lse, delta, d_bias, sizes, changes, kept_sequences, kept_heads,
+    q, k, v, grad, softmax, delta, d_bias, sizes, changes, kept_sequences, kept_heads,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one tile of logits, summed over all heads if `kept_heads` is 1, all sequences likewise."""
@@ -371,8 +389,8 @@ def _logits_summed(
         qs = load(head_of(q, place, C), row, nq, place, True, BLOCK_M, C)
         ks = load(head_of(k, place, C), first, nk, place, True, BLOCK_N, C)
         s = adjust(product(qs, ks, C), m[:, None], n[None, :], place, sizes.scale, changes, True, C)
-        sums = tl.load(statistics(lse, place, sizes) + m, mask=m < nq, other=float("inf"))
-        p = weights(s, sizes.scale, sums[:, None], C)
+        of_row = load_softmax(softmax_of(softmax, place, sizes), m, nq, C)
+        p = normalised(s, sizes.scale, of_row.top[:, None], of_row.rest[:, None], C)
         vs = load(head_of(v, place, C), first, nk, place, True, BLOCK_N, C)
         gs = load(head_of(grad, place, C), row, nq, place, True, BLOCK_M, C)
         dp = drop(product(gs, vs, C), m[:, None], n[None, :], place, changes)

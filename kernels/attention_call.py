@@ -123,7 +123,7 @@ class Sizes(NamedTuple):
     nq: int  # of one sequence; with packed sequences of all
     nk: int
     sequences: int  # B; windows of all images; packed sequences
-    scale: float  # of logits, in units of log 2
+    scale: float  # of logits, in units of log 2 unless `Static.scale_first`
     cu_seqlens: Tensor | None
 
 
@@ -141,6 +141,7 @@ class Static:
     keys: tuple[int, int] | None  # rows and columns that decomposed positions tell apart
     sequences: int  # a power of two
     precision: str
+    exact: bool = False  # are the maximum of a row and the log of its sum kept apart for the backward?
     norm: str = "none"  # of q and k, as they are loaded
     rope: str = "none"  # "half", "interleaved": where a channel's partner lies
     halves: tuple[int, ...] = ()  # widths of the pieces that cover either half of a rotated head dim
@@ -203,9 +204,19 @@ class Call:
         return self.q.shape[0] * (self.q.shape[1] // self.nq)
 
     @property
-    def lse_shape(self) -> tuple[int, int, int]:
+    def row_shape(self) -> tuple[int, int, int]:
         """Of what is kept for every row of logits; packed sequences count as one."""
         return 1 if self.cu_seqlens is not None else self.sequences, self.heads, self.nq
+
+    @property
+    def logit_scale(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def scale_first(self) -> bool:
+        # The row maximum may be scaled after it is found only if scaling keeps the order.
+        given = (self.bias, self.rel_pos_h, self.bias_table)
+        return any(t is not None for t in given) or self.logit_scale <= 0
 
     @property
     def kind(self) -> str:
@@ -242,7 +253,8 @@ class Call:
 
     def arguments(self) -> dict[str, Any]:
         """What every kernel takes."""
-        sizes = Sizes(self.heads, self.nq, self.nk, self.sequences, self._scale * math.log2(math.e), self.cu_seqlens)
+        scale = self.logit_scale if self.scale_first else self.logit_scale * math.log2(math.e)
+        sizes = Sizes(self.heads, self.nq, self.nk, self.sequences, scale, self.cu_seqlens)
         q, k, v = (rows(t) for t in (self.q, self.k, self.v))
         return {"q": q, "k": k, "v": v, "sizes": sizes, "changes": self._changes()}
 
@@ -273,8 +285,7 @@ class Call:
             head_dim=self.head_dim,
             split=self.split,
             align=math.gcd(16, self.head_dim, *strides),
-            # The row maximum may be scaled after it is found only if scaling keeps the order.
-            scale_first=any(t is not None for t in (self.bias, self.rel_pos_h, self.bias_table)) or self._scale <= 0,
+            scale_first=self.scale_first,
             holes=self.bias is not None or self.key_mask is not None or any(self.shift),
             window=windows,
             table=table,
@@ -285,10 +296,6 @@ class Call:
             rope="none" if self.rope is None else "interleaved" if self.rope_interleaved else "half",
             halves=() if self.rope is None else _split(self.head_dim // 2, max(self.split)),
         )
-
-    @property
-    def _scale(self) -> float:
-        return self.head_dim**-0.5 if self.scale is None else self.scale
 
     def _changes(self) -> Changes:
         bias = key_mask = rel_h = rel_w = table = index = dropout = None

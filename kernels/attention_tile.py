@@ -37,6 +37,16 @@ class Head(NamedTuple):
     row: Any  # from one to the next
 
 
+class Softmax(NamedTuple):
+    """The log of every row's sum, which the forward keeps for the backward.
+
+    It is inf for a row whose every key is masked: its weights are then exp2(s - inf) = 0.
+    """
+
+    top: Any  # in the units of `weights`; if C.exact only the row's maximum, which may be too large to add to,
+    rest: Any  # and, if C.exact, log2 of the sum of weights
+
+
 @triton.constexpr_function
 def first(widths, i):
     """Where the i-th of several neighbouring blocks begins."""
@@ -104,11 +114,39 @@ def head_of(t, place, C: tl.constexpr):
 
 @triton.jit
 def statistics(ptr, place, sizes):
-    """Where a head's row of lse or delta, (sequences, heads, nq) or packed (1, heads, tokens), begins."""
+    """Where a head's row of statistics, (sequences, heads, nq) or packed (1, heads, tokens), begins."""
     if sizes.cu_seqlens is not None:
         return ptr + (place.head * sizes.nq + place.before)
     else:
         return ptr + (place.sequence * sizes.heads + place.head) * sizes.nq
+
+
+@triton.jit
+def softmax_of(softmax, place, sizes):
+    return Softmax(statistics(softmax.top, place, sizes), statistics(softmax.rest, place, sizes))
+
+
+@triton.jit
+def load_softmax(softmax, m, nq, C: tl.constexpr):
+    """What `normalised` takes.  Rows beyond the last weigh nothing."""
+    top = tl.load(softmax.top + m, mask=m < nq, other=float("inf"))
+    rest = top
+    if C.exact:
+        rest = tl.load(softmax.rest + m, mask=m < nq, other=0.0)
+    return Softmax(top, rest)
+
+
+@triton.jit
+def store_softmax(softmax, m, nq, top, total, C: tl.constexpr):
+    """From a row's maximum and its sum of weights, which is 0 if every key is masked."""
+    rest = tl.log2(tl.where(total == 0.0, 1.0, total))
+    if C.exact:
+        tl.store(softmax.rest + m, rest, mask=m < nq)
+    else:
+        if C.scale_first:
+            rest *= 0.6931471805599453
+        top += rest
+    tl.store(softmax.top + m, tl.where(total == 0.0, float("inf"), top), mask=m < nq)
 
 
 @triton.jit
@@ -225,10 +263,8 @@ def _table_entry(m, n, index, nk, C: tl.constexpr):
 def adjust(s, m, n, place, scale, changes, MASKED: tl.constexpr, C: tl.constexpr):
     """Logits of queries m and keys n, of which one is a row and one a column.
 
-    In units of log 2 if C.scale_first, else unscaled; -inf for a masked key, and beyond the last if MASKED.
+    Scaled if C.scale_first; -inf for a masked key, and beyond the last if MASKED.
     """
-    if C.scale_first:
-        s = s * scale
     # Rows beyond the last are never stored: read the last one instead of masking.
     row = tl.minimum(m, place.nq - 1)
     column = n
@@ -241,17 +277,22 @@ def adjust(s, m, n, place, scale, changes, MASKED: tl.constexpr, C: tl.constexpr
             b = tl.load(at, mask=n < place.nk, other=0.0)
         else:
             b = tl.load(at)
-        s = tl.fma(b.to(tl.float32), 1.4426950408889634, s)
+        s = tl.fma(s, scale, b.to(tl.float32))
+        scale = 1.0
     if changes.rel_h is not None:
         COLUMNS: tl.constexpr = C.keys[1]
         rel_h = changes.rel_h.ptr + (place.sequence * changes.rel_h.batch + place.head * changes.rel_h.head)
         rel_w = changes.rel_w.ptr + (place.sequence * changes.rel_w.batch + place.head * changes.rel_w.head)
         b = tl.load(rel_h + (row.to(tl.int64) * changes.rel_h.q + column // COLUMNS)).to(tl.float32)
         b += tl.load(rel_w + (row.to(tl.int64) * changes.rel_w.q + column % COLUMNS)).to(tl.float32)
-        s = tl.fma(b, 1.4426950408889634, s)
+        s = tl.fma(s, scale, b)
+        scale = 1.0
     if changes.table is not None:
         table = changes.table.ptr + place.head * changes.table.entries
-        s = tl.fma(tl.load(table + _table_entry(row, column, changes.table_index, place.nk, C)), 1.4426950408889634, s)
+        s = tl.fma(s, scale, tl.load(table + _table_entry(row, column, changes.table_index, place.nk, C)))
+        scale = 1.0
+    if C.scale_first:
+        s = s * scale
     if changes.key_mask is not None:
         mask = changes.key_mask.ptr + place.sequence * changes.key_mask.batch
         s = tl.where(tl.load(mask + column * changes.key_mask.k) != 0, s, float("-inf"))
@@ -274,12 +315,34 @@ def drop(p, m, n, place, changes):
 
 
 @triton.jit
-def weights(s, scale, top, C: tl.constexpr):
-    """exp2(scaled s - top)."""
+def power(x, C: tl.constexpr):
+    """e to the difference of two maxima."""
     if C.scale_first:
-        return tl.exp2(s - top)
+        # The least finite bias, which some masks are made of, leaves the range in units of log 2: the difference first.
+        return tl.exp2(x * 1.4426950408889634)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def weights(s, scale, top, C: tl.constexpr):
+    """e to the scaled s - top, where top is in units of log 2 unless C.scale_first."""
+    if C.scale_first:
+        return power(s - top, C)
     else:
         return tl.exp2(tl.fma(s, scale, -top))
+
+
+@triton.jit
+def normalised(s, scale, top, rest, C: tl.constexpr):
+    """`weights` divided by their sum."""
+    if C.exact:
+        if C.scale_first:
+            return tl.exp2(tl.fma(s - top, 1.4426950408889634, -rest))
+        else:
+            return tl.exp2(tl.fma(s, scale, -top) - rest)
+    else:
+        return weights(s, scale, top, C)
 
 
 @triton.jit

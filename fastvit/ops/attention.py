@@ -52,7 +52,8 @@ def attention(
         k, v: (B, Nk, num_heads, head_dim), dtype of `q` (any float dtype under autocast).
         scale: of the logits; head_dim ** -0.5 by default.
         bias: broadcastable to (B, num_heads, Nq, Nk), float, added to the scaled logits.  -inf masks a key; a row
-            that masks every key gives zeros.  With `window`, Nq = Nk = a window's tokens and B counts windows.
+            that masks every key gives zeros, one of the least finite number the mean of the values.  With `window`,
+            Nq = Nk = a window's tokens and B counts windows.
         key_mask: bool (B, Nk), True for a key that counts.  A row without keys gives zeros, and zero gradients.
         cu_seqlens: int32 (S + 1,), from 0 to T: tokens of S sequences, packed one after the other (NaViT, Dehghani et
             al. 2023), attend within their own.  q, k, v are then (T, num_heads, head_dim), or the same with B = 1.
@@ -339,10 +340,12 @@ def _outputs(a: _Arguments) -> tuple[Tensor, Tensor, str]:
     batch, nq, heads, head_dim = a.q.shape
     out = a.q.new_empty((batch, nq, heads * head_dim), dtype=a.dtype or a.q.dtype)
     backend = _backend_of(a, out.dtype) if out.numel() else "reference"
-    lse: tuple[int, ...] = (0,)
+    softmax: tuple[int, ...] = (0,)
     if a.training and backend == "triton" and head_dim <= _WIDEST_BACKWARD:
-        lse = a.logits()[:3]
-    return out, a.q.new_empty(lse, dtype=torch.float32), backend
+        # In two numbers where one is not enough: beside a mask's -1e30, and beside 300 it is off by 1e-5.
+        numbers = 2 if a.bias is not None or out.dtype == torch.float32 else 1
+        softmax = (numbers, *a.logits()[:3])
+    return out, a.q.new_empty(softmax, dtype=torch.float32), backend
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -364,10 +367,10 @@ def _check_values(a: _Arguments) -> None:
 
 def _kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
     a = _Arguments(*arguments)
-    out, lse, backend = _outputs(a)
+    out, softmax, backend = _outputs(a)
     _check_values(a)
     if out.numel() == 0:
-        return out, lse
+        return out, softmax
     if backend == "cpp":
         tensors = [t if t.stride(-1) == 1 else t.contiguous() for t in (a.q, a.k, a.v)]
         _backend.extension().attention(  # type: ignore[union-attr]
@@ -383,11 +386,11 @@ def _kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
         out = _backend.triton_kernel("attention")(
             q, k, v, **_triton_options(a), qk_norm=a.qk_norm, q_norm_weight=a.q_norm_weight, q_norm_bias=a.q_norm_bias,
             k_norm_weight=a.k_norm_weight, k_norm_bias=a.k_norm_bias, qk_norm_eps=a.qk_norm_eps, rope=a.rope(),
-            rope_interleaved=a.rope_interleaved, lse=lse if lse.numel() else None,
+            rope_interleaved=a.rope_interleaved, softmax=softmax if softmax.numel() else None,
         )  # fmt: skip
     else:
         out = _reference(*arguments)
-    return out, lse
+    return out, softmax
 
 
 def kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
@@ -465,8 +468,8 @@ def _reference(*arguments: Any) -> Tensor:
 
 
 def _save(arguments: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    out, lse = result
-    return (out, lse) if lse.numel() else ()
+    out, softmax = result
+    return (out, softmax) if softmax.numel() else ()
 
 
 # The arguments that have gradients, in the order in which the backward operator returns them.
@@ -487,7 +490,7 @@ def _backward(saved: tuple[Any, ...], grad: Tensor, needs: tuple[bool, ...]) -> 
     return [gradients[name] if needed[name] else None for name in _Arguments._fields]
 
 
-def _backward_fake(grad: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
+def _backward_fake(grad: Tensor, out: Tensor, softmax: Tensor, *arguments: Any) -> list[Tensor]:
     a, wanted = _Arguments(*arguments[:-1]), arguments[-1]
     tensors = (getattr(a, name) for name in _LEARNED)
     return [
@@ -496,7 +499,7 @@ def _backward_fake(grad: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> l
     ]
 
 
-def _backward_kernel(grad: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
+def _backward_kernel(grad: Tensor, out: Tensor, softmax: Tensor, *arguments: Any) -> list[Tensor]:
     """The gradients of `_LEARNED`; empty where there is none, or it is not wanted."""
     a = _Arguments(*arguments[:-1])
     wanted = dict(zip(_LEARNED, arguments[-1], strict=True))
@@ -509,7 +512,7 @@ def _backward_kernel(grad: Tensor, out: Tensor, lse: Tensor, *arguments: Any) ->
             height, width = a.window or a.grid or (1, tokens)
             table_index = reference.relative_index(height, width, tokens - height * width, device=q.device)
     found = _backend.triton_kernel("attention_backward")(
-        q, k, v, out, grad.to(out.dtype), lse, **_triton_options(a), bias_needs_grad=wanted["bias"],
+        q, k, v, out, grad.to(out.dtype), softmax, **_triton_options(a), bias_needs_grad=wanted["bias"],
         table_index=table_index,
     )  # fmt: skip
     gradients: dict[str, Tensor | None] = {**found._asdict()}
@@ -527,7 +530,7 @@ def _backward_kernel(grad: Tensor, out: Tensor, lse: Tensor, *arguments: Any) ->
 
 
 _backward_op = define(
-    f"attention_backward(Tensor grad, Tensor out, Tensor lse, {_SCHEMA}, bool[] wanted) -> Tensor[]",
+    f"attention_backward(Tensor grad, Tensor out, Tensor softmax, {_SCHEMA}, bool[] wanted) -> Tensor[]",
     kernel=_backward_kernel,
     fake=_backward_fake,
 )

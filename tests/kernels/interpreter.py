@@ -27,9 +27,21 @@ def use() -> None:
     builder = interpreter.InterpreterBuilder
     dot, cast = builder.create_dot, builder.cast_impl
 
+    def double(handle: interpreter.TensorHandle) -> np.ndarray:
+        return widened(handle).data.astype(np.float64)
+
     def create_dot(self, a, b, d, *options):
-        # The interpreter would multiply the bits as integers.
-        return dot(self, widened(a), widened(b), d, *options)
+        # The interpreter would multiply the bits as integers, and NumPy round a b^T unlike b a^T, as no GPU does: the
+        # backward of attention makes the logits of the forward anew, transposed.
+        if d.dtype.scalar != tl.float32:
+            return dot(self, a, b, d, *options)
+        return interpreter.TensorHandle((double(a) @ double(b) + d.data).astype(np.float32), tl.float32)
+
+    def create_fma(self, x, y, z):
+        # The interpreter would round twice.  In float64 the product is exact.
+        exact = double(x) * double(y) + double(z)
+        with np.errstate(over="ignore"):
+            return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
     def cast_impl(self, source, target):
         # The interpreter would truncate; every GPU rounds to nearest, ties to even.
@@ -40,7 +52,7 @@ def use() -> None:
             return interpreter.TensorHandle(bits.astype(np.uint16), tl.bfloat16)
         return cast(self, source, target)
 
-    builder.create_dot, builder.cast_impl = create_dot, cast_impl
+    builder.create_dot, builder.create_fma, builder.cast_impl = create_dot, create_fma, cast_impl
     builder.create_fp_trunc = lambda self, source, target: self.cast_impl(source, target)
 
     # Scalars are arrays of one element, which NumPy >= 2.4 no longer turns into loop bounds by itself.

@@ -96,6 +96,23 @@ def test_masked_keys(device: torch.device, n: int, dtype: torch.dtype) -> None:
     assert not attention(q.to(device), k.to(device), v.to(device), bias=bias.to(device))[1, 3].any()
 
 
+@pytest.mark.parametrize("least", [torch.finfo(t).min for t in (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize(("n", "dtype"), [(50, torch.float32), (50, torch.bfloat16), (150, torch.bfloat16)], ids=str)
+def test_the_least_float_masks_a_key_but_not_a_row(
+    device: torch.device, n: int, dtype: torch.dtype, least: float
+) -> None:
+    """Added to any logit it gives itself, so that all keys of a row weigh the same."""
+    bias = torch.zeros(n, n)
+    bias[3], bias[4, 5:] = least, least
+    infinite = torch.zeros(n, n)
+    infinite[4, 5:] = float("-inf")
+    q, k, v = qkv(n, 40, dtype)
+    out, expected = (attention(*(t.to(device) for t in (q, k, v)), bias=b.to(device)).cpu() for b in (bias, infinite))
+    mean = v.double().mean(1).flatten(1)
+    assert_close(out[:, 3], mean, eager=mean.to(dtype))
+    assert torch.equal(out[:, 4:], expected[:, 4:])
+
+
 @pytest.mark.parametrize("n", [50, 280])
 @pytest.mark.parametrize("scale", [0.7, -0.3, 0.0])
 def test_scale(device: torch.device, scale: float, n: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvit import ops, reference
 from tests import nasty
-from tests.tolerances import assert_close
+from tests.tolerances import LOW_PRECISION_RATIO, assert_close, relative_l2
 
 
 def qkv(n: int, heads: int = 2, head_dim: int = 32, batch: int = 2, nk: int | None = None) -> list[Tensor]:
@@ -132,6 +132,45 @@ def test_layouts(device: torch.device) -> None:
 @pytest.mark.parametrize("shape", [(2, 2, 37, 37), (1, 2, 37, 37), (37, 37), (2, 1, 1, 37)])
 def test_bias(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check(device, dtype, qkv(37), bias=noise(*shape))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least"),
+    [
+        (torch.float32, -1e30),
+        (torch.float32, torch.finfo(torch.float32).min),
+        (torch.bfloat16, -1e30),
+        (torch.bfloat16, torch.finfo(torch.bfloat16).min),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_least_float_masks_a_key_but_not_a_row(
+    device: torch.device, dtype: torch.dtype, least: float, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside it the log of the sum of a row's weights vanishes."""
+    if not whole:
+        monkeypatch.setattr(attention_backward, "_WHOLE", 0)
+    bias = noise(37, 37)
+    bias[5], bias[6, 3:], bias[7] = least, least, float("-inf")
+    out = check(device, dtype, qkv(37), bias=bias)
+    assert out[:, 5].any()
+    assert not out[:, 7].any()
+
+
+@pytest.mark.parametrize("size", [10.0, 100.0])
+def test_large_logits(device: torch.device, size: float) -> None:
+    """Of 1e3 and 1e5: rounded to float32, the log of a row's sum is off by as much as its weights would be."""
+    q, k, v = (t.float() for t in qkv(70, head_dim=64))
+    operands = [q * size, k * size, v]
+    truth, eager = (_run(reference.attention, t, "cpu", operands, {}) for t in (torch.float64, torch.float32))
+    with ops.use_backend("triton"):
+        actual = _run(ops.attention, torch.float32, device, operands, {})
+    assert_close(actual[3].cpu(), truth[3])
+    # Beyond, one key has all of a row's weight, and p (dp - delta) cancels to the rounding of delta.
+    if size == 10.0:
+        for mine, exact, plain in zip(actual[1:3], truth[1:3], eager[1:3], strict=True):
+            assert relative_l2(mine.cpu(), exact) <= LOW_PRECISION_RATIO * relative_l2(plain, exact)
 
 
 def test_key_mask(device: torch.device, dtype: torch.dtype) -> None:
@@ -266,7 +305,7 @@ def test_opcheck(device: torch.device) -> None:
     with ops.use_backend("triton"):
         torch.library.opcheck(torch.ops.fastvit.attention.default, (*operands, 0.3, bias, *rest))
         operands = [t.detach() for t in operands]
-        out, lse = torch.ops.fastvit.attention(*operands, 0.3, bias, *rest)
+        out, softmax = torch.ops.fastvit.attention(*operands, 0.3, bias, *rest)
         wanted = [True, False, True, True] + [False] * 7
-        arguments = (torch.ones_like(out), out, lse, *operands, 0.3, bias, *rest, wanted)
+        arguments = (torch.ones_like(out), out, softmax, *operands, 0.3, bias, *rest, wanted)
         torch.library.opcheck(torch.ops.fastvit.attention_backward.default, arguments)

@@ -56,12 +56,23 @@ def test_masked_keys_and_rows(dtype):
     assert (out[1, 11] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("dtype", "least"),
+    [
+        (torch.float32, -1e30),
+        (torch.float32, torch.finfo(torch.bfloat16).min),
+        (torch.float32, torch.finfo(torch.float32).min),
+        (torch.bfloat16, -1e30),
+        (torch.bfloat16, torch.finfo(torch.bfloat16).min),
+    ],
+)
 @pytest.mark.parametrize("nk", [50, 3000])  # in one chunk of keys and in several
-def test_the_least_float_masks_a_key_but_not_a_row(nk, dtype):
-    bias = torch.full((50, nk), torch.finfo(torch.bfloat16).min, dtype=torch.float64)
-    bias[:10, :7], bias[10:20, -7:] = 0.0, 0.0
-    check("attention", *arguments(2, 50, 2, 32, nk=nk), bias=bias, dtype=dtype)
+def test_the_least_float_masks_a_key_but_not_a_row(nk, dtype, least, backend):
+    bias = torch.full((50, nk), least, dtype=torch.float64)
+    bias[:10, :7], bias[10:20, -7:], bias[20] = 0.0, 0.0, float("-inf")
+    out = check("attention", *arguments(2, 50, 2, 32, nk=nk), bias=bias, dtype=dtype, backend=backend)
+    assert not out[:, 20].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
