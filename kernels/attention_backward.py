@@ -38,7 +38,8 @@ from fastvit.kernels.attention_tile import (
     drop,
     head_of,
     load,
-    load_softmax,
+    load_rest,
+    load_top,
     locate,
     locate_head,
     normalised,
@@ -221,12 +222,13 @@ def _key_block(
         m = row + tl.arange(0, BLOCK_M)
         qs = load(q, row, nq, place, True, BLOCK_M, C)
         gs = load(grad, row, nq, place, True, BLOCK_M, C)
-        of_row = load_softmax(softmax, m, nq, C)
+        top = load_top(softmax, m, nq)
         # Keys beyond the last spoil only themselves: no mask.
         s = adjust(
             product(ks, qs, C), m[None, :], n[:, None], place, sizes.scale, changes, C.scale_first or C.holes, C
         )  # fmt: skip
-        p = normalised(s, sizes.scale, of_row.top[None, :], of_row.rest[None, :], C)
+        rest = load_rest(softmax, m, nq, C)
+        p = normalised(s, sizes.scale, top[None, :], rest[None, :], C)
         acc_v = add_product(drop(p, m[None, :], n[:, None], place, changes), gs, acc_v, C)
         if delta is None:
             inner = _row_sums(gs, load(out, row, nq, place, True, BLOCK_M, C))
@@ -278,7 +280,8 @@ def _query_block(
     inner = _row_sums(gs, load(out, start, nq, place, True, BLOCK_M, C))
     if delta is not None:
         tl.store(delta + m, inner, mask=m < nq)
-    of_row = load_softmax(softmax, m, nq, C)
+    top = load_top(softmax, m, nq)
+    rest = load_rest(softmax, m, nq, C)
     acc = zero_pieces(BLOCK_M, C)
     if d_rel_h is not None:
         KEYS: tl.constexpr = C.keys
@@ -290,7 +293,7 @@ def _query_block(
         ks = load(k, first, place.nk, place, True, BLOCK_N, C)
         vs = load(v, first, place.nk, place, True, BLOCK_N, C)
         s = adjust(product(qs, ks, C), m[:, None], n[None, :], place, sizes.scale, changes, True, C)
-        p = normalised(s, sizes.scale, of_row.top[:, None], of_row.rest[:, None], C)
+        p = normalised(s, sizes.scale, top[:, None], rest[:, None], C)
         dp = drop(product(gs, vs, C), m[:, None], n[None, :], place, changes)
         ds = (p * (dp - inner[:, None])).to(ks[0].dtype)
         acc = add_product(ds, ks, acc, C)
@@ -389,12 +392,14 @@ def _logits_summed(
         qs = load(head_of(q, place, C), row, nq, place, True, BLOCK_M, C)
         ks = load(head_of(k, place, C), first, nk, place, True, BLOCK_N, C)
         s = adjust(product(qs, ks, C), m[:, None], n[None, :], place, sizes.scale, changes, True, C)
-        of_row = load_softmax(softmax_of(softmax, place, sizes), m, nq, C)
-        p = normalised(s, sizes.scale, of_row.top[:, None], of_row.rest[:, None], C)
         vs = load(head_of(v, place, C), first, nk, place, True, BLOCK_N, C)
         gs = load(head_of(grad, place, C), row, nq, place, True, BLOCK_M, C)
         dp = drop(product(gs, vs, C), m[:, None], n[None, :], place, changes)
         inner = tl.load(statistics(delta, place, sizes) + m, mask=m < nq, other=0.0)
+        of_head = softmax_of(softmax, place, sizes)
+        top = load_top(of_head, m, nq)
+        rest = load_rest(of_head, m, nq, C)
+        p = normalised(s, sizes.scale, top[:, None], rest[:, None], C)
         acc += p * (dp - inner[:, None])
     at = d_bias + ((kept.to(tl.int64) * nq + m[:, None]) * nk + n[None, :])
     tl.store(at, acc, mask=(m[:, None] < nq) & (n[None, :] < nk))

@@ -127,13 +127,18 @@ def softmax_of(softmax, place, sizes):
 
 
 @triton.jit
-def load_softmax(softmax, m, nq, C: tl.constexpr):
-    """What `normalised` takes.  Rows beyond the last weigh nothing."""
-    top = tl.load(softmax.top + m, mask=m < nq, other=float("inf"))
-    rest = top
+def load_top(softmax, m, nq):
+    """Rows beyond the last weigh nothing."""
+    return tl.load(softmax.top + m, mask=m < nq, other=float("inf"))
+
+
+@triton.jit
+def load_rest(softmax, m, nq, C: tl.constexpr):
+    """Apart from `load_top`, since its registers would spill where a product stands between."""
     if C.exact:
-        rest = tl.load(softmax.rest + m, mask=m < nq, other=0.0)
-    return Softmax(top, rest)
+        return tl.load(softmax.rest + m, mask=m < nq, other=0.0)
+    else:
+        return tl.zeros(m.shape, tl.float32)  # not read
 
 
 @triton.jit
