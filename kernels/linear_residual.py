@@ -37,6 +37,7 @@ from fastvit.kernels.product import (
     PERSISTENT,
     PERSISTENT_ROWS,
     persists,
+    streamed_products,
     tile_for,
     tile_index,
     tile_product,
@@ -345,12 +346,9 @@ def _persistent(
         row, column = tile_index(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         row *= BLOCK_M
         column *= BLOCK_N
-        left = tl.zeros([BLOCK_M, HALF], tl.float32)
-        right = tl.zeros([BLOCK_M, HALF], tl.float32)
-        for k in tl.range(0, K, BLOCK_K):
-            a = x_tiles.load([row, k])
-            left = tl.dot(a, weight_tiles.load([column, k]).T, left)
-            right = tl.dot(a, weight_tiles.load([column + HALF, k]).T, right)
+        left, right = streamed_products(
+            x_tiles, weight_tiles, row, column, column + HALF, K, True, BLOCK_M, HALF, BLOCK_K
+        )
         m = row + tl.arange(0, BLOCK_M)
         n = column + tl.arange(0, HALF)
         left = _scaled(left, bias, layer_scale, drop_path, sample_rows, m, n, M, N)

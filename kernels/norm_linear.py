@@ -48,6 +48,7 @@ from fastvit.kernels.product import (
     PERSISTENT_ROWS,
     Tile,
     persists,
+    streamed_products,
     tile_for,
     tile_index,
     tile_product,
@@ -415,13 +416,9 @@ def _persistent(
         row, column = tile_index(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         row *= BLOCK_M
         column *= BLOCK_N
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        value = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for k in tl.range(0, K, BLOCK_K):
-            a = x_tiles.load([row, k])
-            acc = tl.dot(a, weight_tiles.load([column, k]).T, acc)
-            if GATED:
-                value = tl.dot(a, weight_tiles.load([N + column, k]).T, value)
+        acc, value = streamed_products(
+            x_tiles, weight_tiles, row, column, N + column, K, GATED, BLOCK_M, BLOCK_N, BLOCK_K
+        )
         m = row + tl.arange(0, BLOCK_M)
         n = column + tl.arange(0, BLOCK_N)
         acc = unfold(acc, mean, rstd, sums, m, n, M, N)
