@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastvit import ops, reference
 from fastvit.nn._listeners import listener_obstacle
+from fastvit.ops import _checks
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -43,8 +44,7 @@ class PatchEmbed(nn.Module):
         quantize: str | None = None,
     ) -> None:
         super().__init__()
-        if quantize not in (None, "int8"):
-            raise ValueError(f"quantize: {quantize!r} is not known; accepted: 'int8' or None")
+        _checks.quantize(quantize)
         if layout not in ("NCHW", "NHWC"):
             raise ValueError(f"layout: {layout!r} is not known; accepted: NCHW, NHWC")
         self.img_size = _pair(img_size)

@@ -97,5 +97,4 @@ def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _for_patches(weight: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> tuple[Tensor, ...]:
     with torch.inference_mode(False), torch.no_grad():
-        values, scale, shift = patch_weight(weight.clone(), mean, std)
-        return values.contiguous(), scale, shift
+        return patch_weight(weight, mean, std)

@@ -116,7 +116,7 @@ def _back_and_forth(lines: Tensor) -> Tensor:
     return lines
 
 
-def patches(image: Tensor, weight: Tensor, mean: Numbers, std: Numbers) -> Tensor:
+def patches(pixels: Tensor, weight: Tensor, mean: Numbers, std: Numbers) -> Tensor:
     """Patches (..., C * P1 * P2) of bytes times the weight (D, C, P1, P2), the weight quantised; float64."""
     values, scale, shift = patch_weight(weight, mean, std)
-    return (image.double() - 128) @ values.double().flatten(1).T * scale + shift
+    return (pixels.double() - 128) @ values.double().flatten(1).T * scale + shift
