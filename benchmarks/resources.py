@@ -46,6 +46,8 @@ from fastvit.kernels.pool import pool
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastvit.ops.attention import softmax_numbers
+
 RESULTS = Path(__file__).with_name("results") / "resources.md"
 
 _TARGETS = {
@@ -132,8 +134,9 @@ def _attention_cases() -> Iterator[Case]:
                 if not backward:
                     attention(q, k, v, **arguments)
                     return
-                numbers = 2 if bias or dtype == torch.float32 else 1
-                softmax = _meta(numbers, *Call(q, k, v, **arguments).row_shape, dtype=torch.float32)
+                softmax = _meta(
+                    softmax_numbers(bias, dtype), *Call(q, k, v, **arguments).row_shape, dtype=torch.float32
+                )
                 out = _meta(*q.shape[:2], heads * head_dim, dtype=dtype)
                 index = _meta(*softmax.shape[3:] * 2, dtype=torch.int64) if "bias_table" in options else None
                 attention_backward(

@@ -221,7 +221,7 @@ def _tail(keys: int) -> tuple[int, int]:
 @triton.jit
 def _inverse(total):
     """A row whose every key is masked has a total of 0 and gives zeros."""
-    return 1.0 / tl.where(total == 0.0, 1.0, total)
+    return (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
 
 
 @triton.jit
@@ -274,7 +274,7 @@ def _short(
             total += tl.sum(p, 1)
             n = first(CHUNKS, c) + tl.arange(0, CHUNKS[c])
             acc = add_product(drop(p, m[:, None], n[None, :], place, changes), vs[c], acc, C)
-        store(out, m, nq, acc, _inverse(total)[:, None], place, C)
+        store(out, m, nq, acc, _inverse(total), place, C)
         if softmax is not None:
             store_softmax(softmax_of(softmax, place, sizes), m, nq, top, total, C)
 
@@ -341,6 +341,6 @@ def _long(
         acc, total, top = _online(
             qs, k, v, m, full + TAIL, place, scale, changes, prologue, acc, total, top, True, LAST, C
         )
-    store(out, m, nq, acc, _inverse(total)[:, None], place, C)
+    store(out, m, nq, acc, _inverse(total), place, C)
     if softmax is not None:
         store_softmax(softmax_of(softmax, place, sizes), m, nq, top, total, C)

@@ -321,7 +321,7 @@ def drop(p, m, n, place, changes):
 
 @triton.jit
 def power(x, C: tl.constexpr):
-    """e to the difference of two maxima."""
+    """e to x, which is in units of log 2 unless C.scale_first."""
     if C.scale_first:
         # The least finite bias, which some masks are made of, leaves the range in units of log 2: the difference first.
         return tl.exp2(x * 1.4426950408889634)

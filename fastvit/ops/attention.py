@@ -342,10 +342,13 @@ def _outputs(a: _Arguments) -> tuple[Tensor, Tensor, str]:
     backend = _backend_of(a, out.dtype) if out.numel() else "reference"
     softmax: tuple[int, ...] = (0,)
     if a.training and backend == "triton" and head_dim <= _WIDEST_BACKWARD:
-        # In two numbers where one is not enough: beside a mask's -1e30, and beside 300 it is off by 1e-5.
-        numbers = 2 if a.bias is not None or out.dtype == torch.float32 else 1
-        softmax = (numbers, *a.logits()[:3])
+        softmax = (softmax_numbers(a.bias is not None, out.dtype), *a.logits()[:3])
     return out, a.q.new_empty(softmax, dtype=torch.float32), backend
+
+
+def softmax_numbers(has_bias: bool, dtype: torch.dtype) -> int:
+    """How many the backward needs of a row's softmax: one is nothing beside a mask's -1e30, and 1e-5 off beside 300."""
+    return 2 if has_bias or dtype == torch.float32 else 1
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
