@@ -20,24 +20,35 @@
 namespace fastvit::cpu::FASTVIT_ISA {
 namespace {
 
-// kSize bytes from either end, where they overlap.
-template <int kSize>
-FASTVIT_INLINE void copy_ends(char* to, const char* from, int64_t bytes) {
-  __builtin_memcpy(to, from, kSize);
-  __builtin_memcpy(to + bytes - kSize, from + bytes - kSize, kSize);
-}
-
-// At most 32 bytes.
-FASTVIT_INLINE void copy_some(void* to, const void* from, int64_t bytes) {
+// kSize bytes from either end, where they overlap, with the bits of `flip` turned over.
+template <int kSize, uint8_t flip>
+FASTVIT_INLINE void copy_ends(void* to, const void* from, int64_t bytes) {
+  typedef uint8_t Some __attribute__((vector_size(kSize)));
   auto* out = static_cast<char*>(to);
   const auto* in = static_cast<const char*>(from);
-  if (bytes >= 16) return copy_ends<16>(out, in, bytes);
-  if (bytes >= 8) return copy_ends<8>(out, in, bytes);
-  for (int64_t i = 0; i < bytes; ++i) out[i] = in[i];
+  Some begin, end;
+  __builtin_memcpy(&begin, in, kSize);
+  __builtin_memcpy(&end, in + bytes - kSize, kSize);
+  begin ^= flip;
+  end ^= flip;
+  __builtin_memcpy(out, &begin, kSize);
+  __builtin_memcpy(out + bytes - kSize, &end, kSize);
+}
+
+template <uint8_t flip>
+FASTVIT_INLINE void copy_bytes(void* to, const void* from, int64_t bytes) {
+  auto* out = static_cast<uint8_t*>(to);
+  const auto* in = static_cast<const uint8_t*>(from);
+  for (; bytes > 32; bytes -= 16, out += 16, in += 16) copy_ends<16, flip>(out, in, 16);
+  if (bytes >= 16) return copy_ends<16, flip>(out, in, bytes);
+  if (bytes >= 8) return copy_ends<8, flip>(out, in, bytes);
+  for (int64_t i = 0; i < bytes; ++i) out[i] = in[i] ^ flip;
 }
 
 // How pixels of channel c become `n` elements of a row of A.
 struct Normalized {
+  static constexpr bool kBytes = false;  // is there a `put` of bytes as they are?
+
   const float* scale;
   const float* shift;
 
@@ -48,14 +59,21 @@ struct Normalized {
   }
 };
 
+// Bytes less 128, or shifted up again where the product wants them unsigned.
 template <class P>
 struct CentredBytes {
+  static constexpr bool kBytes = sizeof(typename P::Element) == 1;
+
   FASTVIT_INLINE_METHOD void put(f32v pixels, int64_t, typename P::Element* to, int64_t n) const {
     const i32v v = to_int(pixels) - 128;
     if (n == kLanes) return P::store_row(to, v);
     typename P::Element some[kLanes];
     P::store_row(some, v);
-    copy_some(to, some, n * static_cast<int64_t>(sizeof(typename P::Element)));
+    copy_bytes<0>(to, some, n * static_cast<int64_t>(sizeof(typename P::Element)));
+  }
+
+  FASTVIT_INLINE_METHOD void put(const uint8_t* pixels, typename P::Element* to, int64_t n) const {
+    copy_bytes<P::kHasSums ? 0 : 128>(to, pixels, n);
   }
 };
 
@@ -114,6 +132,9 @@ struct Patches {
 
   template <class T, class Element>
   void copy_line(const T* line, int64_t step, int64_t c, Element* out) const {
+    if constexpr (Values::kBytes && sizeof(T) == 1) {
+      if (step == 1) return values.put(line, out, p2);
+    }
     for (int64_t x = 0; x < p2; x += kLanes) {
       const int64_t n = min(kLanes, p2 - x);
       f32v pixels;
@@ -152,17 +173,23 @@ struct AddPosition {
   const float* bias;
   const View* pos_embed;
 
-  int64_t offset(int64_t row) const {
-    return row / count * sample_stride + (prefix + row % count) * out.ld;
+  int64_t offset(int64_t sample, int64_t patch) const {
+    return sample * sample_stride + (prefix + patch) * out.ld;
   }
 
   void prefetch(int64_t row, int64_t col, Tiles& tiles) const {
-    tiles[0] = out.tile(offset(row) + col, kPanel);
+    const int64_t patch = row % count;
+    tiles[0] = out.tile(offset(row / count, patch) + col, kPanel);
+    if (pos_embed) {
+      const int64_t ld = pos_embed->stride[0];
+      tiles[1] = Rows(*pos_embed, ld).tile(patch * ld + col, kPanel);
+    }
   }
 
   void operator()(const float* tile, int64_t row, int64_t rows, int64_t col, int64_t cols) const {
+    int64_t sample = row / count, patch = row % count;
     for (int64_t i = 0; i < rows; ++i) {
-      const int64_t patch = (row + i) % count, to = offset(row + i) + col;
+      const int64_t to = offset(sample, patch) + col;
       for (int64_t j = 0; j < cols; j += kLanes) {
         f32v y = load(tile + i * kPanel + j) + load(bias + col + j);
         if (pos_embed) {
@@ -170,6 +197,7 @@ struct AddPosition {
         }
         out.store_at(to + j, y, cols - j);
       }
+      if (++patch == count) patch = 0, ++sample;
     }
   }
 };

@@ -346,6 +346,14 @@ static int64_t packed_rows(int64_t m, int64_t k) {
   return round_up(ceil_div(m, ceil_div(m, most)), P::kRows);
 }
 
+// For writing. Other cores have read the row since it was last written, and stores, which retire in
+// order, would wait for each of its lines.
+template <class P>
+FASTVIT_INLINE void prefetch_row(const typename P::Element* row, int64_t elements) {
+  constexpr int64_t kLine = 64 / sizeof(typename P::Element);
+  for (int64_t i = 0; i < elements; i += kLine) __builtin_prefetch(row + i, 1);
+}
+
 // Zeros behind the k elements of a packed row, as far as the micro-kernel reads.
 template <class P>
 FASTVIT_INLINE void pad_row(typename P::Element* row, int64_t k) {
@@ -589,6 +597,7 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
 #pragma omp for schedule(dynamic, fill_rows)
         for (int64_t r = 0; r < block_size; ++r) {
           Element* row = filled + r * lda;
+          prefetch_row<P>(row + lda, lda);
           if constexpr (P::kQuantized) {
             row_scales[r] = source(block + r, row);
           } else {
