@@ -63,7 +63,7 @@ from fastvit.kernels.attention_tile import (
     weights,
     zero_pieces,
 )
-from fastvit.kernels.launch import arch, launch, multiprocessors
+from fastvit.kernels.launch import ARCHS, arch, launch, multiprocessors
 from torch import Tensor
 
 # Nk up to which a row of logits is cut into these blocks.
@@ -122,6 +122,9 @@ _SHORT: dict[str, dict[int, tuple[int, int, int]]] = {
     "gfx942": {},
 }
 
+# Up to which width of a head in `_long`, where logits change in 16 bits, and Nk in `_short` four warps have registers.
+_FOUR_WARPS = dict.fromkeys(ARCHS, (math.inf, math.inf)) | {"sm100": (96, 192)}
+
 # How many programs may normalise and rotate the same key, and the widest head that leaves them registers to.
 _READERS, _WIDEST_PREPARED = 4, 128
 
@@ -151,7 +154,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, softmax: Tensor | None = None,
             parts=parts,
             CHUNKS=_chunks(call),
             BLOCK_M=_block_m(call),
-            num_warps=4,
+            num_warps=4 if call.nk <= _FOUR_WARPS[arch(q.device)][1] else 8,
             num_stages=1,
         )
         return out
@@ -172,11 +175,14 @@ def _chunks(call: Call) -> tuple[int, ...]:
 
 
 def _tile(call: Call) -> Tile:
-    tile = _LONG[arch(call.q.device)][call.kind, min(256, max(64, triton.next_power_of_2(call.width)))]
+    name = arch(call.q.device)
+    tile = _LONG[name][call.kind, min(256, max(64, triton.next_power_of_2(call.width)))]
     tile = tile._replace(block_m=min(tile.block_m, _block_m(call)))
     # A tile of bias takes the registers of a tile of logits; in float32 what a product holds counts for more.
     if call.changed and call.kind == "16":
         tile = tile._replace(block_n=tile.block_n // 2)
+        if call.width > _FOUR_WARPS[name][0]:
+            tile = tile._replace(num_warps=8)
     if call.prepares and call.width > 64:  # and so do keys in float32
         tile = tile._replace(block_n=min(tile.block_n, 32), num_warps=8 if call.kind == "ieee" else tile.num_warps)
     return tile
@@ -326,7 +332,9 @@ def _long(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = zero_pieces(BLOCK_M, C)
     full = nk // BLOCK_N * BLOCK_N
-    for start in tl.range(0, full, BLOCK_N):
+    # What a bias's addresses share, kept from block to block, would take registers that a wide head lacks.
+    CROWDED: tl.constexpr = C.scale_first and C.head_dim > 128
+    for start in tl.range(0, full, BLOCK_N, disable_licm=CROWDED):
         acc, total, top = _online(
             qs, k, v, m, start, place, scale, changes, prologue, acc, total, top, False, BLOCK_N, C
         )  # fmt: skip

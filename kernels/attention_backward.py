@@ -66,18 +66,27 @@ for _tiles in _TILES.values():
         ("ieee", 64): Tile(16, 32, 8, 1),
         ("ieee", 128): Tile(16, 32, 8, 1),
     }
+_TILES["sm80"] |= {("ieee", 64): Tile(16, 32, 8, 2)}
 _TILES["gfx942"] |= {("tf32", 64): Tile(16, 32, 8, 1), ("ieee", 128): Tile(16, 16, 8, 1)}
 
-# Padded head dim up to -> tile of `_whole` in 16 bits, where its two passes fit the registers.
+# Padded head dim up to -> tile of `_whole` in 16 bits, where its two passes fit the registers: of rows that stay, and
+# of rows that pass by.
 _WHOLE_TILES = {
     "sm80": {64: Tile(32, 32, 4, 1)},
-    "sm90": {64: Tile(64, 64, 4, 1), 96: Tile(64, 64, 8, 1)},
+    "sm90": {64: Tile(64, 32, 4, 1), 96: Tile(64, 32, 8, 1)},
     "sm100": {64: Tile(64, 64, 8, 1), 96: Tile(64, 64, 8, 1)},
     "gfx942": {64: Tile(32, 32, 4, 1)},
 }
 
-# Queries at a time in `_keys`, whose two accumulators of a wide head leave few registers.
-_WIDE, _WIDE_BLOCK_M = 96, 32
+# Those of `_logits_summed` that differ, since it would spill: what is loaded in two stages passes by the registers.
+_SUMMED_TILES: dict[str, dict[tuple[str, int], Tile]] = {
+    name: {("tf32", 64): Tile(32, 32, 8, 2), ("ieee", 64): Tile(32, 16, 8, 1), ("ieee", 128): Tile(32, 16, 8, 1)}
+    for name in ("sm80", "sm90", "sm100")
+}
+_SUMMED_TILES["sm80"] |= {("16", 128): Tile(32, 32, 8, 2)}
+
+# Rows that `_queries` and `_keys` take at a time where few registers are left, as in wide heads.
+_WIDE, _STEP = 96, 32
 
 # Longer sequences have blocks enough to fill a GPU, which one program per head does not.
 _WHOLE = 400
@@ -121,7 +130,8 @@ def attention_backward(
     name = arch(q.device)
     # A wider head's operands, all held in registers, would spill in tf32.
     kind = "ieee" if call.kind == "tf32" and call.width > 64 else call.kind
-    tile = _TILES[name][kind, 64 if call.width <= 64 else 128]
+    size = kind, 64 if call.width <= 64 else 128
+    tile = _TILES[name][size]
     whole = None
     if call.kind == "16" and max(call.nq, call.nk) <= _WHOLE and call.cu_seqlens is None:
         whole = next((tile for widest, tile in _WHOLE_TILES[name].items() if call.width <= widest), None)
@@ -139,23 +149,35 @@ def attention_backward(
     if whole is None or bias_needs_grad or table_index is not None:
         arguments["delta"] = torch.empty_like(softmax[0])
     if whole is not None:
-        blocks = -(-max(call.nq, call.nk) // whole.block_n)
+        blocks = -(-max(call.nq, call.nk) // whole.block_m)
         parts = min(blocks, -(-2 * multiprocessors(q.device) // (call.sequences * call.heads)))
         count = call.sequences * call.heads * parts
         launch(_whole, count, **arguments, **passes, **of_queries, **of_keys, parts=parts, **whole.options())
     else:
-        count = call.programs(call.nq, tile.block_m)
-        launch(_queries, count, **arguments, **passes, **of_queries, **tile.options())
-        keys = tile if call.width <= _WIDE else tile._replace(block_m=min(tile.block_m, _WIDE_BLOCK_M))
-        launch(_keys, call.programs(call.nk, tile.block_n), **arguments, **passes, **of_keys, **keys.options())
+        queries, keys = _split_tiles(call, name, tile)
+        count = call.programs(call.nq, queries.block_m)
+        launch(_queries, count, **arguments, **passes, **of_queries, **queries.options())
+        launch(_keys, call.programs(call.nk, keys.block_n), **arguments, **passes, **of_keys, **keys.options())
     d_bias = d_table = None
     if call.bias is not None and bias_needs_grad:
-        d_bias = _bias_gradient(call, arguments, tile)
+        d_bias = _bias_gradient(call, arguments, _SUMMED_TILES.get(name, {}).get(size, tile))
     if call.bias_table is not None and table_index is not None:
         # The coordinates of the table's entries take registers that eight warps have and four have not.
         d_logits = _logit_gradient(call, 1, call.heads, arguments, tile._replace(num_warps=8))
         d_table = _table_gradient(d_logits[0], call.bias_table, table_index)
     return Gradients(dq, dk, dv, d_bias, d_rel_h, d_rel_w, d_table)
+
+
+def _split_tiles(call: Call, name: str, tile: Tile) -> tuple[Tile, Tile]:
+    """Of `_queries` and of `_keys`."""
+    if name == "sm100" and (call.bias_table is not None or call.dropout_p > 0.0):
+        tile = tile._replace(num_warps=8)
+    # Eight warps would make every logit twice on sm90.
+    related = name == "sm90" and call.rel_pos_h is not None
+    queries = tile._replace(block_n=min(tile.block_n, _STEP)) if related else tile
+    # Two accumulators of a wide head fill the registers of `_keys`.
+    keys = tile._replace(block_m=min(tile.block_m, _STEP)) if related or call.width > _WIDE else tile
+    return queries, keys
 
 
 def _bias_gradient(call: Call, arguments: dict[str, Any], tile: Tile) -> Tensor:
@@ -315,7 +337,10 @@ def _whole(
     q, k, v, out, grad, softmax, delta, dq, d_rel_h, d_rel_w, dk, dv, sizes, changes, grad_scale, parts,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """All of one head, or one of `parts` that split it."""
+    """All of one head, or one of `parts` that split it.
+
+    BLOCK_M keys stay while BLOCK_N queries at a time pass by, then BLOCK_M queries while BLOCK_N keys do.
+    """
     part = tl.program_id(0) % parts
     place = locate_head(tl.program_id(0) // parts, sizes, C)
     q = head_of(q, place, C)
@@ -329,10 +354,10 @@ def _whole(
     softmax = softmax_of(softmax, place, sizes)
     if delta is not None:
         delta = statistics(delta, place, sizes)
-    for block in tl.range(part, tl.cdiv(sizes.nk, BLOCK_N), parts):
+    for block in tl.range(part, tl.cdiv(sizes.nk, BLOCK_M), parts):
         _key_block(
-            q, k, v, out, grad, softmax, None, dk, dv, block * BLOCK_N, place, sizes, grad_scale, changes,
-            C, BLOCK_M, BLOCK_N,
+            q, k, v, out, grad, softmax, None, dk, dv, block * BLOCK_M, place, sizes, grad_scale, changes,
+            C, BLOCK_N, BLOCK_M,
         )  # fmt: skip
     for block in tl.range(part, tl.cdiv(sizes.nq, BLOCK_M), parts):
         _query_block(

@@ -346,9 +346,7 @@ def _persistent(
         row, column = tile_index(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         row *= BLOCK_M
         column *= BLOCK_N
-        left, right = streamed_products(
-            x_tiles, weight_tiles, row, column, column + HALF, K, True, BLOCK_M, HALF, BLOCK_K
-        )
+        left, right = streamed_products(x_tiles, weight_tiles, row, column, column + HALF, K, BLOCK_M, HALF, BLOCK_K)
         m = row + tl.arange(0, BLOCK_M)
         n = column + tl.arange(0, HALF)
         left = _scaled(left, bias, layer_scale, drop_path, sample_rows, m, n, M, N)

@@ -44,16 +44,17 @@ SCHEDULES = ("composed", "fused")
 class _Fused(NamedTuple):
     block_m: int
     block_h: int
+    uneven_h: int  # block_h where it doesn't divide H: masks take registers
     num_warps: int
     num_stages: int
     ridge: int  # flops a byte at which the tensor cores in 16 bits and memory take equal time
 
 
 _FUSED = {
-    "sm80": _Fused(64, 32, 4, 2, 150),
-    "sm90": _Fused(128, 64, 8, 2, 270),
-    "sm100": _Fused(128, 64, 8, 2, 280),
-    "gfx942": _Fused(128, 32, 8, 2, 250),
+    "sm80": _Fused(64, 32, 32, 4, 2, 150),
+    "sm90": _Fused(128, 64, 32, 8, 2, 270),
+    "sm100": _Fused(128, 64, 64, 8, 2, 280),
+    "gfx942": _Fused(128, 32, 32, 8, 2, 250),
 }
 # The widest D whose rows of norm(x) and of the result fit a program.
 FUSED_WIDTH = 256
@@ -153,6 +154,7 @@ def _launch_fused(
     (m, d), h = x.shape, fc1_weight.shape[0]
     width, rest = _pieces(d)
     tile = _FUSED[arch(x.device)]
+    block_h = tile.block_h if h % tile.block_h == 0 else tile.uneven_h
     launch(
         _fused,
         triton.cdiv(m, tile.block_m),
@@ -175,11 +177,11 @@ def _launch_fused(
         eps,
         NORM=norm,
         ACTIVATION=activation,
-        EVEN_H=h % tile.block_h == 0,
+        EVEN_H=h % block_h == 0,
         WIDTH=width,
         REST=rest,
         BLOCK_M=tile.block_m,
-        BLOCK_H=tile.block_h,
+        BLOCK_H=block_h,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -368,8 +370,8 @@ def _fused(
         fc1_rest_at += BLOCK_H * fc1_row
         fc2_at += BLOCK_H
         fc2_rest_at += BLOCK_H
-    finish(acc, fc2_bias, layer_scale, drop_path, sample_rows, x, x_row, out, row, 0, M, D, BLOCK_M, WIDTH)
     finish(acc_rest, fc2_bias, layer_scale, drop_path, sample_rows, x, x_row, out, row, WIDTH, M, D, BLOCK_M, REST)
+    finish(acc, fc2_bias, layer_scale, drop_path, sample_rows, x, x_row, out, row, 0, M, D, BLOCK_M, WIDTH)
 
 
 @triton.jit

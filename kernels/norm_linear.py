@@ -243,8 +243,8 @@ def _launch_persistent(
     m, k = x.shape
     tile = PERSISTENT[arch(x.device)]
     features = out.shape[-1]
-    block_n = tile.block_n // 2 if activation == "swiglu" else tile.block_n
-    tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(features, block_n)
+    columns = tile.block_n // 2 if activation == "swiglu" else tile.block_n
+    tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(features, columns)
     programs = min(tiles, multiprocessors(x.device))
     launch(
         _persistent,
@@ -263,7 +263,7 @@ def _launch_persistent(
         programs,
         ACTIVATION=activation,
         BLOCK_M=tile.block_m,
-        BLOCK_N=block_n,
+        BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP_M=GROUP_M,
         num_warps=tile.num_warps,
@@ -385,9 +385,9 @@ def _prepare(
         if norm_weight is not None:
             values *= tl.load(norm_weight + k, mask=inside, other=0.0).to(tl.float32)
         rounded = values.to(folded.dtype.element_ty)
+        tl.store(shift + row + i, offset, mask=row + i < N)
         tl.store(folded + tl.cast(row, tl.int64) * K + (i[:, None] * K + k), rounded, mask=mask)
         tl.store(sums + row + i, tl.sum(rounded.to(tl.float32), 1), mask=row + i < N)
-        tl.store(shift + row + i, offset, mask=row + i < N)
 
 
 @triton.jit
@@ -405,31 +405,41 @@ def _persistent(
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Each program makes every `programs`-th tile: one group of warps loads, while the others multiply and store."""
+    """Each program makes every `programs`-th tile: one group of warps loads, while the others multiply and store.
+
+    A tile is two accumulators, of gate and value or of either half, since all its columns at once spill.
+    """
     GATED: tl.constexpr = ACTIVATION == "swiglu"
     WIDE: tl.constexpr = 2 if GATED else 1
+    HALF: tl.constexpr = BLOCK_N // 2
+    COLUMNS: tl.constexpr = HALF if GATED else BLOCK_N
     x_tiles = tl.make_tensor_descriptor(x, [M, K], [x_row, 1], [BLOCK_M, BLOCK_K])
-    weight_tiles = tl.make_tensor_descriptor(weight, [N * WIDE, K], [K, 1], [BLOCK_N, BLOCK_K])
-    out_tiles = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
-    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    weight_tiles = tl.make_tensor_descriptor(weight, [N * WIDE, K], [K, 1], [HALF, BLOCK_K])
+    out_tiles = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BLOCK_M, HALF])
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, COLUMNS)
     for tile in tl.range(tl.program_id(0), tiles, programs, flatten=False, warp_specialize=True):
-        row, column = tile_index(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        row, column = tile_index(tile, M, N, BLOCK_M, COLUMNS, GROUP_M)
         row *= BLOCK_M
-        column *= BLOCK_N
-        acc, value = streamed_products(
-            x_tiles, weight_tiles, row, column, N + column, K, GATED, BLOCK_M, BLOCK_N, BLOCK_K
-        )
+        column *= COLUMNS
+        second = column + (N if GATED else HALF)
+        left, right = streamed_products(x_tiles, weight_tiles, row, column, second, K, BLOCK_M, HALF, BLOCK_K)
         m = row + tl.arange(0, BLOCK_M)
-        n = column + tl.arange(0, BLOCK_N)
-        acc = unfold(acc, mean, rstd, sums, m, n, M, N)
-        acc += tl.load(bias + n, mask=n < N, other=0.0)[None, :]
+        n = tl.arange(0, HALF)
+        left = _unfold_biased(left, mean, rstd, sums, bias, m, column + n, M, N * WIDE)
+        if not GATED:
+            out_tiles.store([row, column], activate(left, ACTIVATION, False).to(out.dtype.element_ty))
+        right = _unfold_biased(right, mean, rstd, sums, bias, m, second + n, M, N * WIDE)
         if GATED:
-            value = unfold(value, mean, rstd, sums + N, m, n, M, N)
-            value += tl.load(bias + N + n, mask=n < N, other=0.0)[None, :]
-            acc = activate(acc, "silu", False) * value
+            right *= activate(left, "silu", False)
+            out_tiles.store([row, column], right.to(out.dtype.element_ty))
         else:
-            acc = activate(acc, ACTIVATION, False)
-        out_tiles.store([row, column], acc.to(out.dtype.element_ty))
+            out_tiles.store([row, second], activate(right, ACTIVATION, False).to(out.dtype.element_ty))
+
+
+@triton.jit
+def _unfold_biased(acc, mean, rstd, sums, bias, m, n, M, N):
+    acc = unfold(acc, mean, rstd, sums, m, n, M, N)
+    return acc + tl.load(bias + n, mask=n < N, other=0.0)[None, :]
 
 
 @triton.jit

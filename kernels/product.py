@@ -168,16 +168,15 @@ def tile_product(
 @triton.jit
 def streamed_products(
     x_tiles, weight_tiles, row, first, second, K,
-    TWO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Rows `row`.. of x times rows `first`.. of weight, loaded by TMA; TWO: times rows `second`.. too."""
+    """Rows `row`.. of x times rows `first`.. of weight, and times rows `second`.., loaded by TMA."""
     a = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     b = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in tl.range(0, K, BLOCK_K):
         x = x_tiles.load([row, k])
         a = tl.dot(x, weight_tiles.load([first, k]).T, a)
-        if TWO:
-            b = tl.dot(x, weight_tiles.load([second, k]).T, b)
+        b = tl.dot(x, weight_tiles.load([second, k]).T, b)
     return a, b
 
 
