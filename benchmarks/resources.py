@@ -258,7 +258,7 @@ def _norm_linear_cases() -> Iterator[Case]:
         yield case("SwiGLU", batch, 1408, 6144, norm="rms", activation="swiglu")
     # The persistent product's registers leave no room: every epilogue.
     for activation in ("none", "gelu_tanh", "quick_gelu", "silu", "relu"):
-        yield case(f"FC1 {activation}", 256, 768, 3072, activation=activation, archs=("sm90",))
+        yield case(f"FC1 {activation}", 256, 768, 3072, activation=activation, archs=("sm90", "sm100"))
     yield case("FC1 GELU, x fp32", 256, 768, 3072, activation="gelu", x_dtype=torch.float32)
     yield case("FC1 tanh GELU", 256, 768, 3072, torch.float16, activation="gelu_tanh")
     yield case("no norm, K=2730", 256, 2730, 1024, norm="none")
@@ -296,7 +296,7 @@ def _linear_residual_cases() -> Iterator[Case]:
     for dtype, residual in ((bf16, bf16), (bf16, f32), (f16, f16), (f16, f32)):
         for scaled in (False, True):
             label = f"FC2{'' if scaled else ' unscaled'}, residual {_TYPES[residual]}"
-            yield case(label, 256, 3072, 768, dtype, residual, scaled=scaled, archs=("sm90",))
+            yield case(label, 256, 3072, 768, dtype, residual, scaled=scaled, archs=("sm90", "sm100"))
     for tf32 in (False, True):
         yield case("FC2", 256, 3072, 768, f32, f32, tf32)
 

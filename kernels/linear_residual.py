@@ -11,7 +11,8 @@ One of three schedules runs, by choices.json or the product's size.  A program f
 epilogue the tensor cores wait for: on Hopper its registers leave no room for a second one.  There, persistent programs
 of tiles twice as wide, warp-specialised and fed by TMA: they read L2 a quarter less and load the next tile's first
 operands while they end one, which still waits twice for the residual, some 2 us beside the 8 or 33 that the products of
-K = 768 or 3,072 take.  Or cuBLAS, and a pass that adds the rest.  None is measured: `benchmarks.tune` decides.
+K = 768 or 3,072 take.  On Blackwell, the same with one accumulator, in tensor memory, of 128 columns.  Or cuBLAS, and a
+pass that adds the rest.  None is measured: `benchmarks.tune` decides.
 
 The backward needs the inputs alone, not the branch, and passes over no (M, N) tensor but the gradient g, once.  With
 h = drop_path * g and Q = h.T @ x, the two products being pure:
@@ -34,8 +35,9 @@ from fastvit.kernels import choices
 from fastvit.kernels.launch import arch, compute_dtype, launch, multiprocessors, precision, rows
 from fastvit.kernels.product import (
     GROUP_M,
-    PERSISTENT,
     PERSISTENT_ROWS,
+    Persistent,
+    Tile,
     persists,
     streamed_products,
     tile_for,
@@ -46,6 +48,12 @@ from fastvit.kernels.product import (
 from torch import Tensor
 
 SCHEDULES = ("product", "persistent", "cublas")
+
+_PERSISTENT = {
+    "sm90": Persistent(Tile(128, 256, 64, 4, 3), 2, False),
+    # 256 columns of residual and result exceed shared memory.
+    "sm100": Persistent(Tile(128, 128, 64, 8, 3), 1, True),
+}
 
 # What a program of `_scale_rows` or `_finish` holds at a time, on every architecture: it is bound by memory.
 _ROWS_BLOCK_M, _ROWS_BLOCK_N = 16, 256
@@ -110,7 +118,7 @@ def _schedule(x: Tensor, weight: Tensor, residual: Tensor) -> str:
     """One of SCHEDULES that can run this product: the one known to be the fastest, or else by its size."""
     (m, k), n, on = x.shape, weight.shape[0], arch(x.device)
     # The result is contiguous.
-    aligned = persists(x, weight, residual) and n * residual.element_size() % 16 == 0
+    aligned = on in _PERSISTENT and persists(x, weight, residual) and n * residual.element_size() % 16 == 0
     able = {
         "product": True,
         "persistent": aligned and x.dtype == weight.dtype != torch.float32,
@@ -121,7 +129,7 @@ def _schedule(x: Tensor, weight: Tensor, residual: Tensor) -> str:
     if chosen is not None:
         return chosen
     if able["persistent"] and m > PERSISTENT_ROWS:
-        block_n = PERSISTENT[on].block_n
+        block_n = _PERSISTENT[on].tile.block_n
         # A ninth of the columns may be padding: the narrower tiles of "product" have less.
         if 8 * block_n * triton.cdiv(n, block_n) <= 9 * n:
             return "persistent"
@@ -139,7 +147,7 @@ def _launch_persistent(
     out: Tensor,
 ) -> None:
     (m, k), n = x.shape, weight.shape[0]
-    tile = PERSISTENT[arch(x.device)]
+    tile, parts, flat = _PERSISTENT[arch(x.device)]
     tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
     programs = min(tiles, multiprocessors(x.device))
     launch(
@@ -160,6 +168,8 @@ def _launch_persistent(
         n,
         k,
         programs,
+        PARTS=parts,
+        FLAT=flat,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
@@ -329,32 +339,36 @@ def _product(
 @triton.jit
 def _persistent(
     x, x_row, weight, weight_row, bias, layer_scale, drop_path, sample_rows, residual, residual_row, out, M, N, K,
-    programs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    programs, PARTS: tl.constexpr, FLAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Each program makes every `programs`-th tile: one group of warps loads, while the others multiply and store.
 
-    A tile is two accumulators that end one after the other: all its columns of residual and result at once spill, or,
-    in float32, exceed shared memory.
+    Two PARTS end one after the other: all their columns of residual and result at once spill, or, in float32, exceed
+    shared memory.
     """
-    HALF: tl.constexpr = BLOCK_N // 2
+    PART: tl.constexpr = BLOCK_N // PARTS
     x_tiles = tl.make_tensor_descriptor(x, [M, K], [x_row, 1], [BLOCK_M, BLOCK_K])
-    weight_tiles = tl.make_tensor_descriptor(weight, [N, K], [weight_row, 1], [HALF, BLOCK_K])
-    residual_tiles = tl.make_tensor_descriptor(residual, [M, N], [residual_row, 1], [BLOCK_M, HALF])
-    out_tiles = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BLOCK_M, HALF])
+    weight_tiles = tl.make_tensor_descriptor(weight, [N, K], [weight_row, 1], [PART, BLOCK_K])
+    residual_tiles = tl.make_tensor_descriptor(residual, [M, N], [residual_row, 1], [BLOCK_M, PART])
+    out_tiles = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BLOCK_M, PART])
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=False, warp_specialize=True):
+    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=FLAT, warp_specialize=True):
         row, column = tile_index(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         row *= BLOCK_M
         column *= BLOCK_N
-        left, right = streamed_products(x_tiles, weight_tiles, row, column, column + HALF, K, BLOCK_M, HALF, BLOCK_K)
+        left, right = streamed_products(
+            x_tiles, weight_tiles, row, column, column + PART, K, PARTS == 2, BLOCK_M, PART, BLOCK_K
+        )
         m = row + tl.arange(0, BLOCK_M)
-        n = column + tl.arange(0, HALF)
+        n = column + tl.arange(0, PART)
         left = _scaled(left, bias, layer_scale, drop_path, sample_rows, m, n, M, N)
         left += residual_tiles.load([row, column]).to(tl.float32)
         out_tiles.store([row, column], left.to(out.dtype.element_ty))
-        right = _scaled(right, bias, layer_scale, drop_path, sample_rows, m, n + HALF, M, N)
-        right += residual_tiles.load([row, column + HALF]).to(tl.float32)
-        out_tiles.store([row, column + HALF], right.to(out.dtype.element_ty))
+        if PARTS == 2:
+            right = _scaled(right, bias, layer_scale, drop_path, sample_rows, m, n + PART, M, N)
+            right += residual_tiles.load([row, column + PART]).to(tl.float32)
+            out_tiles.store([row, column + PART], right.to(out.dtype.element_ty))
 
 
 @triton.jit

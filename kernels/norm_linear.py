@@ -21,7 +21,7 @@ s is summed from W' as rounded, so that the mean cancels exactly however large i
 that makes the statistics: 4 N K bytes, 1 % of the product's time at M = 50,432, where the statistics' 2 M K bytes, 77
 MB, take 26 us at 3 TB/s beside the 300 of the product.  It does so in every call: there is no copy that a changed
 parameter, or a CUDA graph replayed after the change, could leave stale.  (float16 would lose small norm_weight * W to
-its range.)  On Hopper the product may be persistent and warp-specialised, fed by TMA.
+its range.)  On Hopper and Blackwell the product may be persistent and warp-specialised, fed by TMA.
 
 And three launches: a pass that normalises, cuBLAS, a pass that activates.
 
@@ -44,8 +44,8 @@ from fastvit.kernels.launch import arch, compute_dtype, launch, multiprocessors,
 from fastvit.kernels.norm import norm_backward, normalize, row_block, row_moments, statistics
 from fastvit.kernels.product import (
     GROUP_M,
-    PERSISTENT,
     PERSISTENT_ROWS,
+    Persistent,
     Tile,
     persists,
     streamed_products,
@@ -67,6 +67,15 @@ _FOLDED = {
     "gfx942": Tile(128, 128, 32, 8, 2),
 }
 _FOLDED_ROWS = 2048
+
+# The same by persistent programs, by whether they are gated: gate and value are two accumulators.
+_PERSISTENT = {
+    ("sm90", False): Persistent(Tile(128, 256, 64, 4, 3), 2, False),
+    ("sm90", True): Persistent(Tile(128, 256, 64, 4, 3), 2, False),
+    ("sm100", False): Persistent(Tile(128, 256, 64, 8, 3), 1, True),
+}
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):  # as Persistent says of flat loops
+    _PERSISTENT["sm100", True] = Persistent(Tile(128, 128, 64, 8, 4), 2, False)
 
 
 def norm_linear(
@@ -144,9 +153,11 @@ def _schedule(x: Tensor, weight: Tensor, norm: str, activation: str, keeps_pre: 
     """One of SCHEDULES that can run this product: the one known to be the fastest, or else by the number of rows."""
     (m, k), n, on = x.shape, weight.shape[0], arch(x.device)
     folds = norm != "none" and x.dtype == weight.dtype == torch.bfloat16
-    features = n // 2 if activation == "swiglu" else n
+    gated = activation == "swiglu"
+    features = n // 2 if gated else n
     # The folded weight and the result are contiguous.
-    persistent = folds and not keeps_pre and k % 8 == 0 and features % 8 == 0 and persists(x)
+    aligned = k % 8 == 0 and features % 8 == 0 and persists(x)
+    persistent = folds and not keeps_pre and aligned and (on, gated) in _PERSISTENT
     able = {"normalising": True, "folded": folds, "persistent": persistent}
     able["cublas"] = activation != "none" or not keeps_pre
     chosen = choices.choose(on, choices.key("norm_linear", weight.dtype, f"{norm} {activation}", n, k), m, able)
@@ -241,9 +252,9 @@ def _launch_persistent(
     activation: str,
 ) -> None:
     m, k = x.shape
-    tile = PERSISTENT[arch(x.device)]
-    features = out.shape[-1]
-    columns = tile.block_n // 2 if activation == "swiglu" else tile.block_n
+    features, gated = out.shape[-1], activation == "swiglu"
+    tile, parts, flat = _PERSISTENT[arch(x.device), gated]
+    columns = tile.block_n // 2 if gated else tile.block_n
     tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(features, columns)
     programs = min(tiles, multiprocessors(x.device))
     launch(
@@ -262,6 +273,8 @@ def _launch_persistent(
         k,
         programs,
         ACTIVATION=activation,
+        PARTS=parts,
+        FLAT=flat,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
@@ -402,38 +415,41 @@ def unfold(acc, mean, rstd, sums, m, n, M, N):
 @triton.jit
 def _persistent(
     x, x_row, weight, bias, mean, rstd, sums, out, M, N, K, programs,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    ACTIVATION: tl.constexpr, PARTS: tl.constexpr, FLAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Each program makes every `programs`-th tile: one group of warps loads, while the others multiply and store.
 
-    A tile is two accumulators, of gate and value or of either half, since all its columns at once spill.
+    The two PARTS of a tile are gate and value, or the halves of its columns.
     """
     GATED: tl.constexpr = ACTIVATION == "swiglu"
     WIDE: tl.constexpr = 2 if GATED else 1
-    HALF: tl.constexpr = BLOCK_N // 2
-    COLUMNS: tl.constexpr = HALF if GATED else BLOCK_N
+    PART: tl.constexpr = BLOCK_N // PARTS
+    COLUMNS: tl.constexpr = PART if GATED else BLOCK_N
     x_tiles = tl.make_tensor_descriptor(x, [M, K], [x_row, 1], [BLOCK_M, BLOCK_K])
-    weight_tiles = tl.make_tensor_descriptor(weight, [N * WIDE, K], [K, 1], [HALF, BLOCK_K])
-    out_tiles = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BLOCK_M, HALF])
+    weight_tiles = tl.make_tensor_descriptor(weight, [N * WIDE, K], [K, 1], [PART, BLOCK_K])
+    out_tiles = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BLOCK_M, PART])
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, COLUMNS)
-    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=False, warp_specialize=True):
+    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=FLAT, warp_specialize=True):
         row, column = tile_index(tile, M, N, BLOCK_M, COLUMNS, GROUP_M)
         row *= BLOCK_M
         column *= COLUMNS
-        second = column + (N if GATED else HALF)
-        left, right = streamed_products(x_tiles, weight_tiles, row, column, second, K, BLOCK_M, HALF, BLOCK_K)
+        second = column + (N if GATED else PART)
+        left, right = streamed_products(
+            x_tiles, weight_tiles, row, column, second, K, PARTS == 2, BLOCK_M, PART, BLOCK_K
+        )
         m = row + tl.arange(0, BLOCK_M)
-        n = tl.arange(0, HALF)
+        n = tl.arange(0, PART)
         left = _unfold_biased(left, mean, rstd, sums, bias, m, column + n, M, N * WIDE)
+        left = activate(left, "silu" if GATED else ACTIVATION, False)
         if not GATED:
-            out_tiles.store([row, column], activate(left, ACTIVATION, False).to(out.dtype.element_ty))
-        right = _unfold_biased(right, mean, rstd, sums, bias, m, second + n, M, N * WIDE)
-        if GATED:
-            right *= activate(left, "silu", False)
-            out_tiles.store([row, column], right.to(out.dtype.element_ty))
-        else:
-            out_tiles.store([row, second], activate(right, ACTIVATION, False).to(out.dtype.element_ty))
+            out_tiles.store([row, column], left.to(out.dtype.element_ty))
+        if PARTS == 2:
+            right = _unfold_biased(right, mean, rstd, sums, bias, m, second + n, M, N * WIDE)
+            if GATED:
+                out_tiles.store([row, column], (left * right).to(out.dtype.element_ty))
+            else:
+                out_tiles.store([row, second], activate(right, ACTIVATION, False).to(out.dtype.element_ty))
 
 
 @triton.jit

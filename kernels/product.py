@@ -53,19 +53,31 @@ _TILES = {
 # Rows of tiles that run before the next ones: they share columns of weight in L2.
 GROUP_M = 8
 
-# Persistent products, warp-specialised and fed by TMA: the tile, and the rows above which it runs where choices.json
-# knows nothing better.  Those make three rounds of tiles on an H100 at N = 768, so that the last round is nearly full.
-# Triton specialises warps for Hopper only if asked for four, and gives each half of 128 rows four of its own.
-PERSISTENT = {"sm90": Tile(128, 256, 64, 4, 3)}
+# The rows above which persistent products run where choices.json knows nothing better.  Those make three rounds of
+# tiles on an H100 at N = 768, so that the last round is nearly full.
 PERSISTENT_ROWS = 16384
 
 
+class Persistent(NamedTuple):
+    """A tile of a persistent product, in `parts` accumulators side by side; flat: all tiles' steps are one loop.
+
+    Triton specialises warps for Hopper only if asked for four, and gives each half of 128 rows four of its own: 256
+    columns at once leave an epilogue no registers there.  On Blackwell accumulators lie in tensor memory, two of which
+    take warps, and with them registers, of their own.  Triton specialises flat loops of one accumulator there, and from
+    3.7 on nested ones too.
+    """
+
+    tile: Tile
+    parts: int
+    flat: bool
+
+
 def persists(*operands: Tensor) -> bool:
-    """Can a persistent product read and write `operands`, rows of unit stride, here?
+    """Can a persistent product read and write `operands`, rows of unit stride?
 
     The descriptors of TMA take addresses and strides that are multiples of 16 bytes, and no stride of 0.
     """
-    return arch(operands[0].device) in PERSISTENT and all(
+    return all(
         t.stride(0) > 0 and t.stride(0) * t.element_size() % 16 == 0 and (t.is_meta or t.data_ptr() % 16 == 0)
         for t in operands
     )
@@ -168,15 +180,16 @@ def tile_product(
 @triton.jit
 def streamed_products(
     x_tiles, weight_tiles, row, first, second, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TWO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Rows `row`.. of x times rows `first`.. of weight, and times rows `second`.., loaded by TMA."""
+    """Rows `row`.. of x times rows `first`.. of weight, loaded by TMA; TWO: times rows `second`.. too."""
     a = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     b = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in tl.range(0, K, BLOCK_K):
         x = x_tiles.load([row, k])
         a = tl.dot(x, weight_tiles.load([first, k]).T, a)
-        b = tl.dot(x, weight_tiles.load([second, k]).T, b)
+        if TWO:
+            b = tl.dot(x, weight_tiles.load([second, k]).T, b)
     return a, b
 
 

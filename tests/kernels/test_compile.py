@@ -82,6 +82,7 @@ def test_products_use_the_tensor_cores_meant(compiled: dict) -> None:
 
 def test_persistent_products_are_specialised_and_fed_by_tma(compiled: dict) -> None:
     persistent = [r for r in compiled["resources"] if r["kernel"] == "_persistent"]
-    assert {(r["arch"], r["operator"]) for r in persistent} == {("sm90", "norm_linear"), ("sm90", "linear_residual")}
-    wrong = [r for r in persistent if not (r["wgmma"] and r["tma"] and r["setmaxreg"])]
+    operators = ("norm_linear", "linear_residual")
+    assert {(r["arch"], r["operator"]) for r in persistent} == {(a, o) for a in ("sm90", "sm100") for o in operators}
+    wrong = [r for r in persistent if not (r[PRODUCT[r["arch"]]] and r["tma"] and r["setmaxreg"])]
     assert not wrong, describe(wrong)

@@ -12,6 +12,7 @@ from fastvit.kernels.linear_residual import linear_residual, linear_residual_bac
 from torch import Tensor
 
 from tests import nasty
+from tests.kernels.conftest import run_as
 from tests.kernels.gradients import assert_gradients, seed
 from tests.tolerances import assert_close
 
@@ -113,9 +114,10 @@ def test_by_cublas(device: torch.device, without: tuple[str, ...], dtype: torch.
         check(device, (2, 20, 33), 300, torch.bfloat16, residual_dtype=torch.float32)  # not by cuBLAS
 
 
-@pytest.fixture
-def persistent() -> Iterator[None]:
-    """Every product in the test that can runs by persistent programs, however few its rows."""
+@pytest.fixture(params=["sm90", "sm100"])
+def persistent(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every product in the test that can runs by an architecture's persistent programs, however few its rows."""
+    run_as(request.param, kernel, device, monkeypatch)
     with choices.force("persistent"):
         yield
 
@@ -172,7 +174,8 @@ def test_which_schedule_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(50432, 384, 1536, low) == "product"  # of 512 columns
     assert chosen(50432, 768, 770, low) == chosen(50432, 768, 768, low, stride=770) == "product"
     assert chosen(50432, 768, 768, torch.float32) == chosen(50432, 768, 768, low, stride=0) == "product"
-    assert {chosen(50432, 768, 768, low, on=on) for on in ("sm80", "sm100", "gfx942")} == {"product"}
+    assert {chosen(50432, 768, 768, low, on=on) for on in ("sm80", "gfx942")} == {"product"}
+    assert [chosen(50432, n, 1536, low, on="sm100") for n in (384, 64)] == ["persistent", "product"]
 
     name = choices.key("linear_residual", low, "residual", 384, 768)
     monkeypatch.setattr(choices, "table", lambda: {"sm90": {name: {"16": "cublas", "8": "persistent"}}})

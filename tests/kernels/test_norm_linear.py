@@ -12,6 +12,7 @@ from fastvit.kernels.norm_linear import norm_linear, norm_linear_backward
 from torch import Tensor
 
 from tests import nasty
+from tests.kernels.conftest import run_as
 from tests.kernels.gradients import assert_gradients, seed
 from tests.tolerances import FLOAT32, assert_close, relative_l2
 
@@ -171,11 +172,14 @@ def test_float32_follows_torch_matmul_precision(device: torch.device) -> None:
     assert relative_l2(result, truth) <= (1e-3 if device.type == "cuda" else FLOAT32)
 
 
-@pytest.fixture(params=["folded", "persistent", "cublas"])
-def schedule(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture(params=["folded", "persistent", "persistent of sm100", "cublas"])
+def schedule(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Every product in the test that can runs by this schedule, however few its rows."""
-    with choices.force(request.param):
-        yield request.param
+    name, _, on = request.param.partition(" of ")
+    if on:
+        run_as(on, kernel, device, monkeypatch)
+    with choices.force(name):
+        yield name
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -211,9 +215,11 @@ def test_a_changed_parameter_is_seen_by(device: torch.device, schedule: str) -> 
 def test_which_schedule_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """By rows where nothing was measured, by what was measured where that can run."""
 
-    def chosen(m: int, k: int, dtype: torch.dtype, *, stride: int | None = None, norm: str = "layer") -> str:
+    def chosen(
+        m: int, k: int, dtype: torch.dtype, *, stride: int | None = None, norm: str = "layer", on: str = "sm90"
+    ) -> str:
         x = torch.empty_strided((m, k), (stride or k, 1), dtype=dtype, device="meta")
-        with record("sm90"):
+        with record(on):
             return kernel._schedule(x, torch.empty(64, k, dtype=dtype, device="meta"), norm, "gelu", False)
 
     low = torch.bfloat16
@@ -222,6 +228,7 @@ def test_which_schedule_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(50432, 588, low) == chosen(50432, 768, low, stride=770) == "folded"
     assert chosen(50432, 768, torch.float16) == chosen(50432, 768, torch.float32) == "normalising"
     assert chosen(50432, 768, low, norm="none") == "normalising"
+    assert [chosen(50432, 768, low, on=on) for on in ("sm80", "sm100", "gfx942")] == ["folded", "persistent", "folded"]
 
     name = choices.key("norm_linear", low, "layer gelu", 64, 768)
     monkeypatch.setattr(choices, "table", lambda: {"sm90": {name: {"16": "cublas", "8": "persistent"}}})
