@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 pytestmark = pytest.mark.slow
 
@@ -54,11 +56,15 @@ def test_everything_compiles(compiled: dict) -> None:
 
 
 def test_nothing_spills(compiled: dict) -> None:
-    """Up to 2 % of the instructions may touch the stack.
+    """No instruction touches the stack, with the Triton that constraints.txt pins.
 
-    Some versions of ptxas park a value or two around a loop, well below 255 registers, to fit one block more on an SM.
+    Other versions allot registers in other ways: what just fits with one may keep a value or two on the stack with the
+    next.  Up to 2 % of the instructions may do so there.
     """
-    spilled = [r for r in compiled["resources"] if r["spilled"] > 0.02 * r["instructions"]]
+    pinned = re.search(r"^triton==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)
+    assert pinned is not None
+    share = 0.0 if triton.__version__ == pinned[1] else 0.02
+    spilled = [r for r in compiled["resources"] if r["spilled"] > share * r["instructions"]]
     assert not spilled, describe(spilled)
 
 
