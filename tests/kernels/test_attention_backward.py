@@ -274,6 +274,19 @@ def test_gradients_are_the_same_each_time(device: torch.device) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:Input #")  # no double precision
+def test_gradcheck(device: torch.device) -> None:
+    """Against finite differences of the kernels themselves, along a random direction."""
+    shapes = [(1, 17, 2, 32)] * 3 + [(2, 17, 17)]
+    operands = [noise(*shape, seed=i).float().mul(0.5).to(device).requires_grad_() for i, shape in enumerate(shapes)]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return ops.attention(q, k, v, bias=bias, qk_norm="rms", scale=0.3)
+
+    with ops.use_backend("triton"):
+        assert torch.autograd.gradcheck(run, operands, eps=1e-2, atol=1e-5, rtol=5e-3, fast_mode=True)
+
+
 def test_only_gradients_that_are_needed(device: torch.device) -> None:
     q, k, v = (t.float().to(device) for t in qkv(20))
     bias = noise(20, 20).float().to(device)

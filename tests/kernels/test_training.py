@@ -133,6 +133,26 @@ def test_gradients(device: torch.device, name: str, dtype: torch.dtype) -> None:
     check(device, name, make(), dtype, options)
 
 
+@pytest.mark.filterwarnings("ignore:Input #")  # no double precision
+@pytest.mark.parametrize("name", CASES)
+def test_gradcheck(device: torch.device, name: str) -> None:
+    """Against finite differences of the kernels themselves, along a random direction, on tame numbers."""
+    make, options = CASES[name]
+    names, tensors = zip(*make().items(), strict=True)
+    operands = [
+        torch.randn(t.shape, generator=nasty.generator(i)).mul(t.shape[-1] ** -0.5 if t.ndim > 1 else 1.0)
+        for i, t in enumerate(tensors)
+    ]
+    operands = [t.to(device).requires_grad_() for t in operands]
+    options = {key: o.to(device) if isinstance(o, Tensor) else o for key, o in options.items()}
+
+    def run(*operands: Tensor) -> Tensor:
+        return getattr(ops, name)(**dict(zip(names, operands, strict=True)), **options)
+
+    with ops.use_backend("triton"):
+        assert torch.autograd.gradcheck(run, operands, eps=1e-2, atol=1e-5, rtol=5e-3, fast_mode=True)
+
+
 @pytest.mark.parametrize("norm", ["layer", "rms", "none"])
 @pytest.mark.parametrize("mode", ["token", "avg", "norm_avg"])
 def test_pool(device: torch.device, mode: str, norm: str) -> None:
