@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from benchmarks import (
     bench_linear_residual,
     bench_mlp,
     bench_model,
+    bench_norm_backward,
     bench_norm_linear,
     bench_patch_embed,
     bench_pool,
@@ -56,8 +57,8 @@ ROOT = Path(__file__).parent.parent
 GROUPS = ("ceilings", "correctness", "models", "latency", "operators", "training")
 TINY = Width("tiny", dim=32, num_heads=2, tokens=17, patch_size=8, image_size=32, num_classes=10)
 
-# What is asked first is what most people run.
-MODELS = (
+# Measured first, then single images and operators, then everything else: all models in all batches, and their training.
+FIRST_MODELS = (
     ("vit_base_patch16_224", 256),
     ("vit_base_patch16_224", 1),
     ("vit_large_patch16_224", 256),
@@ -65,10 +66,16 @@ MODELS = (
     ("vit_base_patch14_dinov2", 32),
     ("vit_base_patch16_224", 32),
     ("vit_so400m_patch14_siglip_224", 32),
+    ("vit_base_patch16_dinov3", 32),
     ("vit_tiny_patch16_224", 256),
     ("vit_large_patch16_224", 1),
     ("vit_huge_patch14_224", 32),
 )
+MODELS = tuple(dict.fromkeys(name for name, _ in FIRST_MODELS))
+BATCHES = (256, 32, 1)
+FIRST_TRAINING = (("vit_base_patch16_224", 128),)
+# A batch whose activations fit every model's memory; ViT-B's of one image shows what launching costs.
+TRAINING = (*((name, 32) for name in MODELS), ("vit_base_patch16_224", 1), ("vit_base_patch16_224", 256))
 # One image, and the milliseconds that are the goal.
 LATENCY: tuple[tuple[str, float | None], ...] = (("vit_base_patch16_224", 0.5), ("vit_small_patch16_224", None))
 OPERATORS = (
@@ -78,6 +85,7 @@ OPERATORS = (
     (bench_patch_embed, bench_patch_embed.NAMES),
     (bench_pool, bench_pool.NAMES),
     (bench_mlp, bench_mlp.NAMES),
+    (bench_norm_backward, bench_norm_backward.NAMES),
 )
 # Compiling takes minutes where it tunes: not with less time than this left.
 _COMPILE_SECONDS = 100.0
@@ -131,16 +139,29 @@ class Step:
 def steps(dry: bool) -> Iterator[Step]:
     yield Step("ceilings", "peak product and copy", _ceilings)
     yield Step("correctness", "kernel tests", _correctness)
-    for name, batch in (("tiny", 1),) if dry else MODELS:
-        yield Step("models", f"{name}, batch {batch}", partial(_model, name=name, batch=batch))
+    models, training = ((("tiny", 1),),) * 2 if dry else (FIRST_MODELS, FIRST_TRAINING)
+    yield from _model_steps(models)
     for name, goal in (("tiny", None),) if dry else LATENCY:
         yield Step("latency", f"{name}, batch 1", partial(_latency, name=name, goal=goal))
     for module, names in OPERATORS:
         for name in (17,) if dry and module is bench_attention else names[:1] if dry else names:
-            for batch in (1,) if dry else (256, 32, 1):
+            for batch in (1,) if dry else BATCHES:
                 label = f"{module.__name__.removeprefix('benchmarks.bench_')} {name}, batch {batch}"
                 yield Step("operators", label, partial(_operator, module=module, name=name, batch=batch))
-    for name, batch in (("tiny", 1),) if dry else (("vit_base_patch16_224", 128),):
+    yield from _training_steps(training)
+    if not dry:
+        everything = [(name, batch) for batch in BATCHES for name in MODELS]
+        yield from _model_steps([m for m in everything if m not in FIRST_MODELS])
+        yield from _training_steps(TRAINING)
+
+
+def _model_steps(models: Iterable[tuple[str, int]]) -> Iterator[Step]:
+    for name, batch in models:
+        yield Step("models", f"{name}, batch {batch}", partial(_model, name=name, batch=batch))
+
+
+def _training_steps(models: Iterable[tuple[str, int]]) -> Iterator[Step]:
+    for name, batch in models:
         yield Step("training", f"{name}, batch {batch}", partial(_training, name=name, batch=batch))
 
 
