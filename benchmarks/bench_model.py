@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.case import FLOATS, Case, nbytes, run_in_pytest, tensor
 from benchmarks.peers import PEERS, serves
-from fastvit import optimize
+from fastvit import optimize, report
 from fastvit.bench.models import build, needed_flops
 
 # The last one takes 1370 tokens, of images of 518 pixels.
@@ -38,6 +38,8 @@ def case(
     flops = batch * needed_flops(model, image[:1].float().cpu())
     eager = model.to(device, float_dtype)
     fused = optimize(copy.deepcopy(eager), **({"quantize": "int8"} if quantized else {}))
+    if not report(fused).replaced:
+        raise ValueError(f"name: {name!r} has no block that fastvit replaces: there is nothing to measure")
     others: dict[str, Callable[..., Tensor]] = {
         peer: PEERS[peer](eager, image) for peer in peers if serves(peer, dtype)
     }

@@ -297,6 +297,11 @@ def test_openvino_runs_in_the_precision_that_is_compared():
     assert 1e-4 < difference < 0.1  # what bfloat16 makes of it, and float32 would not
 
 
+def test_a_model_that_is_not_served_is_not_measured():
+    with pytest.raises(ValueError, match="'resnet10t' has no block"):
+        bench_model.case("resnet10t", torch.float32, 1)
+
+
 def test_a_wrong_kernel_fails_its_benchmark():
     c = bench_pool.case("token", torch.float32, 1, width=TINY)
     wrong = dataclasses.replace(c, fused=lambda *t: c.fused(*t) * 1.001)
