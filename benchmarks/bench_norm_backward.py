@@ -1,6 +1,7 @@
 """The backward of LayerNorm against torch's, which is given the forward's statistics: gradients of x, weight and bias.
 
-On a GPU alone: it is a kernel of Triton's, which norm_linear and pool share.
+All three are made, x's is compared: tests/kernels/test_norm.py compares the others.  On a GPU alone: it is a kernel of
+Triton's, which norm_linear and pool share.
 """
 
 from __future__ import annotations
