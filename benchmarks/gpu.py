@@ -58,13 +58,13 @@ GROUPS = ("ceilings", "correctness", "models", "latency", "operators", "training
 TINY = Width("tiny", dim=32, num_heads=2, tokens=17, patch_size=8, image_size=32, num_classes=10)
 
 # Measured first, then single images and operators, then everything else: all models in all batches, and their training.
-# DINOv3 is missing as long as `fastvit.optimize` leaves its blocks as they are.
 FIRST_MODELS = (
     ("vit_base_patch16_224", 256),
     ("vit_base_patch16_224", 1),
     ("vit_large_patch16_224", 256),
     ("vit_small_patch16_224", 256),
     ("vit_base_patch14_dinov2", 32),
+    ("vit_base_patch16_dinov3", 32),
     ("vit_base_patch16_224", 32),
     ("vit_so400m_patch14_siglip_224", 32),
     ("vit_tiny_patch16_224", 256),

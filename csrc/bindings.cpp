@@ -127,6 +127,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention", &calls::attention, Release(), py::arg("out"), py::arg("q"), py::arg("k"),
         py::arg("v"), py::arg("bias"), py::arg("scale"), py::arg("compute"),
         py::arg("num_threads"));
+  m.def("rotate", &calls::rotate, Release(), py::arg("x"), py::arg("cos"), py::arg("sin"),
+        py::arg("interleaved"), py::arg("num_threads"), "Rotary positions, in place.");
   m.def("linear_residual", &calls::linear_residual, Release(), py::arg("out"), py::arg("x"),
         py::arg("weight"), py::arg("weight_scale"), py::arg("bias"), py::arg("residual"),
         py::arg("layer_scale"), py::arg("row_scale"), py::arg("rows_per_sample"),
@@ -136,7 +138,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("k_scale"), py::arg("k_bias"), py::arg("v_weight"), py::arg("v_scale"),
         py::arg("v_bias"), py::arg("proj_weight"), py::arg("proj_scale"), py::arg("proj_bias"),
         py::arg("norm_weight"), py::arg("norm_bias"), py::arg("norm"), py::arg("eps"),
-        py::arg("attn_bias"), py::arg("scale"), py::arg("layer_scale"), py::arg("row_scale"),
+        py::arg("attn_bias"), py::arg("scale"), py::arg("rope_cos"), py::arg("rope_sin"),
+        py::arg("rope_interleaved"), py::arg("layer_scale"), py::arg("row_scale"),
         py::arg("samples"), py::arg("num_heads"), py::arg("compute"), py::arg("num_threads"));
   m.def("mlp", &calls::mlp, Release(), py::arg("out"), py::arg("x"), py::arg("weight1"),
         py::arg("scale1"), py::arg("bias1"), py::arg("weight2"), py::arg("scale2"),

@@ -121,7 +121,7 @@ bool same(const View& a, const View& b) {
   return true;
 }
 
-// A weight behind a quantised operand, as it was when that was made from it.
+// What an operand was copied from (a weight behind a quantised one), as it was then.
 class Guard {
  public:
   explicit Guard(py::handle tensor)
@@ -155,17 +155,21 @@ class Guard {
 // checked once, or does nothing.
 class PreparedBlock {
  public:
-  // operands: tensors or None, in the order of Operand. guards: the weights behind int8 operands.
-  // compute: the dtype of the hidden states.
+  // operands: tensors or None, in the order of Operand. guards: what operands are copies of, the
+  // weights behind int8 ones.
+  // compute: the dtype of the hidden states. rope_prefix: how many tokens are never rotated; -1:
+  // as many as there are beyond the angles.
   PreparedBlock(Snapshot snapshot, const std::vector<py::object>& operands,
                 const std::vector<py::object>& guards, int compute, int64_t num_heads, float scale,
-                std::pair<int, float> norm1, std::pair<int, float> norm2, int activation,
-                int64_t most_scratch)
+                bool rope_interleaved, int64_t rope_prefix, std::pair<int, float> norm1,
+                std::pair<int, float> norm2, int activation, int64_t most_scratch)
       : snapshot_(std::move(snapshot)),
         guards_(guards.begin(), guards.end()),
         compute_(static_cast<Compute>(compute)),
         num_heads_(num_heads),
         scale_(scale),
+        rope_interleaved_(rope_interleaved),
+        rope_prefix_(rope_prefix),
         norm1_(norm1),
         norm2_(norm2),
         activation_(static_cast<Activation>(activation)),
@@ -179,10 +183,12 @@ class PreparedBlock {
   }
 
   // out = block(x), x (B, N, D) and out the first tokens of that; false if anything is not as it
-  // was, or x can't be served.
-  bool run(py::handle block, py::handle out, py::handle x, int num_threads) const {
+  // was, or x can't be served. rope_cos, rope_sin: None, or (P, head_dim).
+  bool run(py::handle block, py::handle out, py::handle x, py::handle rope_cos, py::handle rope_sin,
+           int num_threads) const {
     if (!snapshot_.holds(block)) return false;
-    View in, result;
+    const bool rotates = !rope_cos.is_none();
+    View in, result, cos, sin;
     try {
       for (int i = 0; i < kOperands; ++i) {
         if (tensors_[i] != nullptr && !same(view_of(tensors_[i]), views_[i])) return false;
@@ -192,6 +198,7 @@ class PreparedBlock {
       }
       in = view_of(x);
       result = view_of(out);
+      if (rotates) cos = view_of(rope_cos), sin = view_of(rope_sin);
     } catch (const std::exception&) {  // a tensor without memory, or of a dtype for no kernel
       return false;
     }
@@ -206,6 +213,9 @@ class PreparedBlock {
       return false;
     }
     const int64_t queries = result.size[1];
+    if (rotates && !(turns(cos, tokens) && turns(sin, tokens) && cos.size[0] == sin.size[0] &&
+                     queries == tokens))
+      return false;
     for (View* each : {&in, &result}) {
       each->ndim = 2;
       each->size[0] *= each->size[1], each->size[1] = features;
@@ -226,6 +236,9 @@ class PreparedBlock {
                                        norm1_.second,
                                        nullptr,
                                        scale_,
+                                       rotates ? &cos : nullptr,
+                                       rotates ? &sin : nullptr,
+                                       rope_interleaved_,
                                        get(kLayerScale1),
                                        nullptr,
                                        samples,
@@ -287,6 +300,14 @@ class PreparedBlock {
     kOperands
   };
 
+  // Can q and k of so many tokens be rotated by this?
+  bool turns(const View& table, int64_t tokens) const {
+    const int64_t head_dim = views_[kProjWeight].size[1] / num_heads_;
+    return table.ndim == 2 && table.stride[1] == 1 && table.size[1] == head_dim &&
+           head_dim % 2 == 0 && (table.dtype == DType::kF32 || table.dtype == DType::kBF16) &&
+           (rope_prefix_ < 0 ? table.size[0] <= tokens : table.size[0] + rope_prefix_ == tokens);
+  }
+
   const View* get(Operand i) const { return tensors_[i] != nullptr ? &views_[i] : nullptr; }
 
   Snapshot snapshot_;
@@ -296,6 +317,8 @@ class PreparedBlock {
   Compute compute_;
   int64_t num_heads_;
   float scale_;
+  bool rope_interleaved_;
+  int64_t rope_prefix_;
   std::pair<int, float> norm1_, norm2_;
   Activation activation_;
   int64_t most_scratch_;
@@ -314,12 +337,14 @@ void bind_prepared(py::module_& m) {
   py::class_<PreparedBlock>(m, "PreparedBlock", py::module_local(),
                             "A block's call with its arguments checked. It owns no Python object.")
       .def(py::init<Snapshot, const std::vector<py::object>&, const std::vector<py::object>&, int,
-                    int64_t, float, std::pair<int, float>, std::pair<int, float>, int, int64_t>(),
+                    int64_t, float, bool, int64_t, std::pair<int, float>, std::pair<int, float>,
+                    int, int64_t>(),
            py::arg("snapshot"), py::arg("operands"), py::arg("guards"), py::arg("compute"),
-           py::arg("num_heads"), py::arg("scale"), py::arg("norm1"), py::arg("norm2"),
-           py::arg("activation"), py::arg("most_scratch"))
+           py::arg("num_heads"), py::arg("scale"), py::arg("rope_interleaved"),
+           py::arg("rope_prefix"), py::arg("norm1"), py::arg("norm2"), py::arg("activation"),
+           py::arg("most_scratch"))
       .def("run", &PreparedBlock::run, py::arg("block"), py::arg("out"), py::arg("x"),
-           py::arg("num_threads"));
+           py::arg("rope_cos"), py::arg("rope_sin"), py::arg("num_threads"));
 }
 
 }  // namespace fastvit

@@ -144,6 +144,7 @@ class Static:
     exact: bool = False  # are the maximum of a row and the log of its sum kept apart for the backward?
     norm: str = "none"  # of q and k, as they are loaded
     rope: str = "none"  # "half", "interleaved": where a channel's partner lies
+    rope_stride: int = 0  # of cos and sin, between positions
     halves: tuple[int, ...] = ()  # widths of the pieces that cover either half of a rotated head dim
 
 
@@ -263,7 +264,7 @@ class Call:
         if not self.prepares:
             return None
         vectors = (self.q_norm_weight, self.q_norm_bias, self.k_norm_weight, self.k_norm_bias)
-        cos, sin = (None, None) if self.rope is None else (t.contiguous() for t in self.rope)
+        cos, sin = (None, None) if self.rope is None else rope_tables(self.rope)
         prefix = 0 if cos is None else self.q.shape[1] - cos.shape[0]
         return Prologue(*(None if t is None else t.contiguous() for t in vectors), self.qk_norm_eps, cos, sin, prefix)
 
@@ -294,6 +295,7 @@ class Call:
             precision="tf32" if self.kind == "16" else self.kind,
             norm=self.qk_norm,
             rope="none" if self.rope is None else "interleaved" if self.rope_interleaved else "half",
+            rope_stride=0 if self.rope is None else rope_tables(self.rope)[0].stride(0),
             halves=() if self.rope is None else _split(self.head_dim // 2, max(self.split)),
         )
 
@@ -323,6 +325,12 @@ class Call:
 
 def unit_stride(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def rope_tables(rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """cos and sin with the same strides, 1 in the last dimension: as they are if they are halves of one tensor."""
+    cos, sin = map(unit_stride, rope)
+    return (cos, sin) if cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
 
 
 def rows(t: Tensor) -> Rows:

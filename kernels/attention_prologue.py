@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels.attention_call import unit_stride
+from fastvit.kernels.attention_call import rope_tables, unit_stride
 from fastvit.kernels.attention_tile import first, image_rows, load, load_piece, rows_of
 from fastvit.kernels.launch import launch, multiprocessors
 from torch import Tensor
@@ -96,7 +96,7 @@ def _launch(
     interleaved: bool,
 ) -> None:
     batch, tokens, heads, head_dim = x.shape
-    cos, sin = (None, None) if rope is None else (t.contiguous() for t in rope)
+    cos, sin = (None, None) if rope is None else rope_tables(rope)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     launch(
         kernel,
@@ -120,6 +120,7 @@ def _launch(
         PADDED=triton.next_power_of_2(head_dim),
         NORM=norm,
         INTERLEAVED=interleaved,
+        ROPE_STRIDE=0 if cos is None else cos.stride(0),
         ROWS=max(1, _ROWS * 128 // max(128, triton.next_power_of_2(head_dim))),
         num_warps=_WARPS,
         num_stages=1,
@@ -175,7 +176,8 @@ def _at(row, tokens, heads, batch_stride, row_stride, head_stride):
 def _forward(
     x, y, dx, weight, bias, d_weight, d_bias, cos, sin, rows, tokens, heads, prefix,
     x_batch, x_row, x_head, eps,
-    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, NORM: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, NORM: tl.constexpr, INTERLEAVED: tl.constexpr,
+    ROPE_STRIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, PADDED)[None, :]
     for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
@@ -193,8 +195,8 @@ def _forward(
             other = _partner(d, HEAD_DIM, INTERLEAVED)
             partner = tl.load(at + other, mask=rotated, other=0.0).to(tl.float32)
             partner = _affine(partner, mean, rstd, weight, bias, other, HEAD_DIM, NORM)
-            c = tl.load(cos + patch * HEAD_DIM + d, mask=rotated, other=1.0).to(tl.float32)
-            s = tl.load(sin + patch * HEAD_DIM + d, mask=rotated, other=0.0).to(tl.float32)
+            c = tl.load(cos + patch * ROPE_STRIDE + d, mask=rotated, other=1.0).to(tl.float32)
+            s = tl.load(sin + patch * ROPE_STRIDE + d, mask=rotated, other=0.0).to(tl.float32)
             result = result * c + partner * _sign(d, HEAD_DIM, INTERLEAVED) * s
         tl.store(y + row.to(tl.int64) * HEAD_DIM + d, result.to(y.dtype.element_ty), mask=mask)
 
@@ -203,7 +205,8 @@ def _forward(
 def _backward(
     x, grad, dx, weight, bias, d_weight, d_bias, cos, sin, rows, tokens, heads, prefix,
     x_batch, x_row, x_head, eps,
-    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, NORM: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, NORM: tl.constexpr, INTERLEAVED: tl.constexpr,
+    ROPE_STRIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, PADDED)[None, :]
     weight_sums = tl.zeros([PADDED], tl.float32)
@@ -219,8 +222,8 @@ def _backward(
             rotated = mask & (patch >= 0)
             other = _partner(d, HEAD_DIM, INTERLEAVED)
             partner = tl.load(grad + to + other, mask=rotated, other=0.0).to(tl.float32)
-            c = tl.load(cos + patch * HEAD_DIM + d, mask=rotated, other=1.0).to(tl.float32)
-            s = tl.load(sin + patch * HEAD_DIM + other, mask=rotated, other=0.0).to(tl.float32)
+            c = tl.load(cos + patch * ROPE_STRIDE + d, mask=rotated, other=1.0).to(tl.float32)
+            s = tl.load(sin + patch * ROPE_STRIDE + other, mask=rotated, other=0.0).to(tl.float32)
             g = g * c - partner * _sign(d, HEAD_DIM, INTERLEAVED) * s
         if NORM != "none":
             values = tl.load(x + _at(row, tokens, heads, x_batch, x_row, x_head) + d, mask=mask, other=0.0)
@@ -380,7 +383,7 @@ def _normalise(xs, weight, bias, eps, C: tl.constexpr):
 @triton.jit
 def _rotate(xs, prologue, patch, valid, C: tl.constexpr):
     rotated = valid & (patch >= 0)
-    at = patch * C.head_dim
+    at = patch * C.rope_stride
     ys = ()
     for i in tl.static_range(len(C.halves)):
         cos_a, cos_b = _halves(prologue.cos, at, rotated, True, i, C)

@@ -16,6 +16,7 @@ void norm_linear(const View& out, const View& x, const View& weight, const View*
                  float eps, int activation, int compute, int num_threads);
 void attention(const View& out, const View& q, const View& k, const View& v, const View* bias,
                float scale, int compute, int num_threads);
+void rotate(const View& x, const View& cos, const View& sin, int interleaved, int num_threads);
 void linear_residual(const View& out, const View& x, const View& weight, const View* weight_scale,
                      const View* bias, const View& residual, const View* layer_scale,
                      const View* row_scale, int64_t rows_per_sample, int compute, int num_threads);
@@ -24,7 +25,8 @@ void self_attention(const View& out, const View& x, const View& q_weight, const 
                     const View* k_bias, const View* v_weight, const View* v_scale,
                     const View* v_bias, const View& proj_weight, const View* proj_scale,
                     const View* proj_bias, const View* norm_weight, const View* norm_bias, int norm,
-                    float eps, const View* attn_bias, float scale, const View* layer_scale,
+                    float eps, const View* attn_bias, float scale, const View* rope_cos,
+                    const View* rope_sin, int rope_interleaved, const View* layer_scale,
                     const View* row_scale, int64_t samples, int64_t num_heads, int compute,
                     int num_threads);
 void mlp(const View& out, const View& x, const View& weight1, const View* scale1, const View* bias1,

@@ -1,7 +1,8 @@
 // self_attention: out = x + row_scale * layer_scale * proj(attention(qkv(norm(x))))
 //
-// Three operators in a row, over as many samples at a time as keep q, k, v and the heads in a share
-// of L3. They are scratch that stays with the thread: a fresh tensor costs a page fault each 4 KiB.
+// Three operators in a row, and before the second one the rotation of q and k where they have
+// rotary positions, over as many samples at a time as keep q, k, v and the heads in a share of L3.
+// They are scratch that stays with the thread: a fresh tensor costs a page fault each 4 KiB.
 //
 // Where only the first tokens of a sample are wanted, these are copied to out, and are the source
 // of q and the residual from there; k and v come from all tokens.
@@ -121,6 +122,12 @@ void self_attention(const SelfAttentionArgs& args) {
       slices[0] = per_query(some_q);
       Linear(args, 0, 0, inner)
           .run(args, matrix(some_q, dtype, samples * queries, inner, inner), out);
+    }
+    if (args.rope_cos) {  // q and k lie side by side, like one tensor of twice the heads
+      View q_and_k = slices[0];
+      q_and_k.size[2] *= 2;
+      run.rotate(
+          {q_and_k, *args.rope_cos, *args.rope_sin, args.rope_interleaved, args.num_threads});
     }
     View mask;
     if (args.attn_bias) mask = shifted(*args.attn_bias, first * args.attn_bias->stride[0]);

@@ -108,9 +108,10 @@ FASTVIT_INLINE float reduce_add(f32v v) { return vaddvq_f32(v); }
 FASTVIT_INLINE float reduce_max(f32v v) { return vmaxvq_f32(v); }
 
 // v times the Hadamard matrix of kLanes rows: sums and differences of lanes 1 and 2 apart.
+FASTVIT_INLINE f32v swap_pairs(f32v v) { return vrev64q_f32(v); }
 FASTVIT_INLINE f32v hadamard_lanes(f32v v) {
   const float signs[2][kLanes] = {{1, -1, 1, -1}, {1, 1, -1, -1}};
-  v = fmadd(v, load(signs[0]), vrev64q_f32(v));
+  v = fmadd(v, load(signs[0]), swap_pairs(v));
   return fmadd(v, load(signs[1]), vextq_f32(v, v, 2));
 }
 

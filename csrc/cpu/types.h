@@ -90,6 +90,13 @@ struct AttentionArgs {
   int num_threads;
 };
 
+struct RotateArgs {
+  View x;         // (B, N, H, D), last stride 1; D even
+  View cos, sin;  // (P, D) f32 | bf16, last stride 1: of the last P tokens
+  bool interleaved;
+  int num_threads;
+};
+
 struct LinearResidualArgs {
   View out;       // (M, N)
   View x;         // (M, K)
@@ -120,6 +127,9 @@ struct SelfAttentionArgs {
   float eps;
   const View* attn_bias;  // (B, H, N, N), strides may be 0
   float scale;
+  const View* rope_cos;  // (P, d), of q and k; not with `queries`
+  const View* rope_sin;
+  bool rope_interleaved;
   const View* layer_scale;
   const View* row_scale;  // (B) f32
   int64_t samples, num_heads;
@@ -178,6 +188,7 @@ struct Kernels {
   void (*patch_embed)(const PatchEmbedArgs&);
   void (*norm_linear)(const NormLinearArgs&);
   void (*attention)(const AttentionArgs&);
+  void (*rotate)(const RotateArgs&);
   void (*linear_residual)(const LinearResidualArgs&);
   void (*mlp)(const MlpArgs&);
   void (*pool)(const PoolArgs&);

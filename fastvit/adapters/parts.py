@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,19 @@ class Quantization(NamedTuple):
 FLOAT = Quantization()
 
 
+# cos and sin, each (P, head_dim): what turns q and k of the last P tokens.
+Angles = tuple[Tensor, Tensor]
+
+
+class RopeArgument(NamedTuple):
+    """How a library's blocks are told the rotary positions of their tokens: by an argument of their forward."""
+
+    name: str
+    required: bool  # does a forward that has it fail without?
+    read: Callable[[Any], Angles]  # the argument as angles; raises NotServed
+    make: Callable[[Angles], Any]  # the other way
+
+
 class BlockParts(NamedTuple):
     """The modules and tensors of x + attention(norm1(x)), then x + mlp(norm2(x)), in the order that data flows.
 
@@ -56,6 +69,11 @@ class BlockParts(NamedTuple):
     dropouts: tuple[Dropout, ...]
     config: Any = None  # an object outside the modules whose attributes were read
     quantization: Quantization = FLOAT
+    proj_norm: nn.Module | None = None  # before proj
+    fc2_norm: nn.Module | None = None  # before fc2
+    rope_interleaved: bool = False
+    rope_prefix: int | None = None  # how many first tokens are not rotated; None: those that the angles don't cover
+    copied: tuple[Tensor, ...] = ()  # what a tensor above was copied from
 
 
 class Readout(NamedTuple):
@@ -80,17 +98,17 @@ def explain(error: Exception) -> str:
     return f"{type(error.obj).__name__} has no {error.name}, which its adapter needs"
 
 
-def run_block(p: BlockParts, x: Tensor, tokens: int | None = None) -> Tensor:
+def run_block(p: BlockParts, x: Tensor, tokens: int | None = None, angles: Angles | None = None) -> Tensor:
     """self_attention, mlp: the block in two operators, or in those that these are made of.
 
-    tokens: compute only the first so many tokens, (B, tokens, D).
+    tokens: compute only the first so many tokens, (B, tokens, D); not with angles.
     """
     norm1, norm2 = read_norm(p.norm1, x.dtype), read_norm(p.norm2, x.dtype)
     activation = _activation(p)
     qkv, proj, fc1, fc2, _ = p.quantization
 
     drop_path1 = _drop_path(p.drop_path1, x, p.layer_scale1)
-    if p.q_norm is None and p.k_norm is None and tokens is None:
+    if (p.q_norm, p.k_norm, p.proj_norm, tokens) == (None,) * 4:
         weights, biases = zip(*p.qkv, strict=True)
         x = ops.self_attention(
             x,
@@ -99,6 +117,8 @@ def run_block(p: BlockParts, x: Tensor, tokens: int | None = None) -> Tensor:
             *p.proj,
             num_heads=p.num_heads,
             scale=p.scale,
+            rope=angles,
+            rope_interleaved=p.rope_interleaved,
             **norm1,
             layer_scale=p.layer_scale1,
             drop_path=drop_path1,
@@ -106,7 +126,7 @@ def run_block(p: BlockParts, x: Tensor, tokens: int | None = None) -> Tensor:
         )
     else:
         x = ops.linear_residual(
-            heads(p, x, norm1, tokens),
+            heads(p, x, norm1, tokens, angles),
             *p.proj,
             residual=x[:, :tokens],
             layer_scale=p.layer_scale1,
@@ -114,7 +134,7 @@ def run_block(p: BlockParts, x: Tensor, tokens: int | None = None) -> Tensor:
             quantize=proj,
         )
     drop_path2 = _drop_path(p.drop_path2, x, p.layer_scale2)
-    if len(p.fc1) == 1:
+    if len(p.fc1) == 1 and p.fc2_norm is None:
         return ops.mlp(
             x,
             *p.fc1[0],
@@ -131,21 +151,28 @@ def run_block(p: BlockParts, x: Tensor, tokens: int | None = None) -> Tensor:
     )
 
 
-def heads(p: BlockParts, x: Tensor, norm1: dict[str, Any], tokens: int | None = None) -> Tensor:
+def heads(
+    p: BlockParts, x: Tensor, norm1: dict[str, Any], tokens: int | None = None, angles: Angles | None = None
+) -> Tensor:
     """What goes into proj, where q or k may be normalised (Dehghani et al. 2023) and the last tokens have no query."""
     q, k, v = project_heads(x, p.qkv, p.num_heads, tokens, **norm1, quantize=p.quantization.qkv)
     if p.q_norm is not None:
         q = p.q_norm(q)
     if p.k_norm is not None:
         k = p.k_norm(k)
-    return ops.attention(q, k.to(q.dtype), v.to(q.dtype), scale=p.scale)
+    out = ops.attention(
+        q, k.to(q.dtype), v.to(q.dtype), scale=p.scale, rope=angles, rope_interleaved=p.rope_interleaved
+    )
+    return out if p.proj_norm is None else p.proj_norm(out)
 
 
 def hidden(p: BlockParts, x: Tensor, norm2: dict[str, Any]) -> Tensor:
     """What goes into fc2, where gate and value may be two linears."""
     norm2 = {**norm2, "quantize": p.quantization.fc1}
-    first = ops.norm_linear(x, *p.fc1[0], **norm2, activation=_activation(p))
-    return first if len(p.fc1) == 1 else first * ops.norm_linear(x, *p.fc1[1], **norm2)
+    out = ops.norm_linear(x, *p.fc1[0], **norm2, activation=_activation(p))
+    if len(p.fc1) == 2:
+        out = out * ops.norm_linear(x, *p.fc1[1], **norm2)
+    return out if p.fc2_norm is None else p.fc2_norm(out)
 
 
 def _activation(p: BlockParts) -> str:
@@ -178,11 +205,13 @@ def input_obstacle(x: Any, weights: tuple[Tensor | None, ...], ndim: int) -> str
     return None
 
 
-def block_obstacle(p: BlockParts, x: Any) -> str | None:
+def block_obstacle(p: BlockParts, x: Any, angles: Angles | None = None) -> str | None:
     """Why this call of a block must run the original forward, or None."""
     weights = [t for projection in (*p.qkv, p.proj, *p.fc1, p.fc2) for t in projection]
     if obstacle := input_obstacle(x, tuple(weights), 3):
         return obstacle
+    if angles is not None and p.rope_prefix is not None and angles[0].shape[0] + p.rope_prefix != x.shape[1]:
+        return f"rotary positions for {angles[0].shape[0]} of {x.shape[1]} tokens, {p.rope_prefix} not rotated"
     return training_obstacle(p) or mode_obstacle()
 
 
@@ -267,6 +296,25 @@ def own_numbers(modules: Iterable[object]) -> tuple[tuple[tuple[str, Any], ...],
         for m in modules
         if not is_published(type(m))
     )
+
+
+# ---- Rotary positions ------------------------------------------------------------------------------
+
+
+def read_angles(argument: RopeArgument | None, value: Any) -> Angles | None:
+    """What a block was called with; raises NotServed."""
+    if argument is None:
+        return None
+    if value is None:
+        if argument.required:
+            raise NotServed(f"called without {argument.name}")
+        return None
+    cos, sin = argument.read(value)
+    for t in (cos, sin):
+        if type(t) not in PLAIN or t.ndim != 2 or not t.is_floating_point():
+            what = f"shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+            raise NotServed(f"{argument.name} has {what}, not angles by token and channel")
+    return cos, sin
 
 
 # ---- Reading modules -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvit.adapters.parts import BlockParts, mode_obstacle, read_activation, read_norm
+from fastvit.adapters.parts import Angles, BlockParts, mode_obstacle, read_activation, read_norm
 from fastvit.ops import _backend, _checks, _int8
 from fastvit.ops.self_attention import MOST_SCRATCH
 
@@ -28,13 +28,16 @@ def forget(block: nn.Module) -> None:
     block.__dict__.pop(_KEY, None)
 
 
-def run_prepared(block: nn.Module, x: Any, tokens: int | None) -> Tensor | None:
+def run_prepared(block: nn.Module, x: Any, tokens: int | None, angles: Angles | None) -> Tensor | None:
     """The block's output, or its first so many tokens; None where the call must start from the module."""
     prepared = block.__dict__.get(_KEY)
     if prepared is None or not _is_plain_inference(x) or x.ndim != 3:
         return None
+    cos, sin = angles or (None, None)
+    if not all(t is None or _is_plain(t) for t in (cos, sin)):
+        return None
     out = torch.empty_like(x) if tokens is None or tokens >= x.shape[1] else x.new_empty(len(x), tokens, x.shape[2])
-    return out if prepared[0].run(block, out, x, torch.get_num_threads()) else None
+    return out if prepared[0].run(block, out, x, cos, sin, torch.get_num_threads()) else None
 
 
 def prepare(block: nn.Module, inner: list[nn.Module], parts: BlockParts, x: Tensor) -> None:
@@ -45,7 +48,8 @@ def prepare(block: nn.Module, inner: list[nn.Module], parts: BlockParts, x: Tens
     # A hook that is here was idle in this call only.
     if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in modules):
         return
-    if parts.q_norm is not None or parts.k_norm is not None or len(parts.fc1) != 1 or not _is_plain_inference(x):
+    norms = (parts.q_norm, parts.k_norm, parts.proj_norm, parts.fc2_norm)
+    if norms != (None,) * 4 or len(parts.fc1) != 1 or not _is_plain_inference(x):
         return
     if any(drop_path is not None and drop_path.training for drop_path in (parts.drop_path1, parts.drop_path2)):
         return
@@ -58,7 +62,7 @@ def prepare(block: nn.Module, inner: list[nn.Module], parts: BlockParts, x: Tens
         *(norm1["norm_weight"], norm1["norm_bias"], parts.layer_scale1),
         *(norm2["norm_weight"], norm2["norm_bias"], parts.layer_scale2),
     ]
-    given = [*vectors, *(t for weight, bias, _ in linears for t in (weight, bias))]
+    given = [*vectors, *parts.copied, *(t for weight, bias, _ in linears for t in (weight, bias))]
     if not all(t is None or (_is_plain(t) and t.is_contiguous() and t.dtype in _DTYPES) for t in given):
         return
     if any(kind is not None for _, _, kind in linears) and not _int8.keeps():
@@ -74,6 +78,7 @@ def prepare(block: nn.Module, inner: list[nn.Module], parts: BlockParts, x: Tens
         vectors[5],
     ]
     guards = [weight for weight, _, kind in linears if kind is not None and weight is not None]
+    guards += parts.copied
     hooks = torch.nn.modules.module
     dicts = [
         hooks._global_forward_hooks,
@@ -95,6 +100,8 @@ def prepare(block: nn.Module, inner: list[nn.Module], parts: BlockParts, x: Tens
         _backend.code(x.dtype),
         parts.num_heads,
         parts.scale,
+        parts.rope_interleaved,
+        -1 if parts.rope_prefix is None else parts.rope_prefix,
         (_checks.NORMS.index(norm1["norm"]), norm1["eps"]),
         (_checks.NORMS.index(norm2["norm"]), norm2["eps"]),
         _checks.ACTIVATIONS.index(activation),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.adapters.parts import PLAIN, block_obstacle, explain, is_published, run_block
+from fastvit.adapters.swap import rope_argument
 from fastvit.nn._listeners import descendants
 from fastvit.ops import use_backend
 
@@ -123,6 +124,9 @@ def _try(block: nn.Module, adapter: Any, tokens: tuple[int, ...]) -> Proof:
 def _trials(twin: nn.Module, adapter: Any, tokens: tuple[int, ...]) -> Iterator[tuple[str, Proof]]:
     """(circumstance, what a trial in it found)."""
     yield "", _run_both_ways(twin, adapter, *_FIRST)
+    rope = rope_argument(adapter, type(twin))
+    if rope is not None and not rope.required:
+        yield f" without {rope.name}", _run_both_ways(twin, adapter, *_FIRST, rotated=False)
     twin.float()  # twice as fast, and what models have
     yield f" with {_SECOND[1]} tokens", _run_both_ways(twin, adapter, *_SECOND, massive=True)
     yield ", in training", _run_both_ways(twin.train(), adapter, *_FIRST)
@@ -135,25 +139,36 @@ def _trials(twin: nn.Module, adapter: Any, tokens: tuple[int, ...]) -> Iterator[
         yield " in torch.bfloat16", proof if proof.ran else Proof(None)
 
 
-def _run_both_ways(twin: nn.Module, adapter: Any, batch: int, tokens: int, massive: bool = False) -> Proof:
-    """massive: one channel is far larger than the rest, as in deep ViTs."""
+def _run_both_ways(
+    twin: nn.Module, adapter: Any, batch: int, tokens: int, massive: bool = False, rotated: bool = True
+) -> Proof:
+    """massive: one channel is far larger than the rest, as in deep ViTs.  rotated: with rotary positions, if any."""
+    rope = rope_argument(adapter, type(twin)) if rotated else None
+    angles, given = None, {}
     try:
         parts = adapter.read(twin)
         weight = parts.qkv[0][0]
+        prefix = parts.rope_prefix or 0
+        tokens += prefix if tokens <= prefix else 0
         x = torch.randn(batch, tokens, weight.shape[1], dtype=torch.float64, device="cpu").to(weight.dtype)
         if massive:
             x[..., 0] *= 100.0
-        if twin.training and block_obstacle(parts, x) is not None:
+        if rope is not None:
+            head_dim = parts.proj[0].shape[1] // parts.num_heads
+            tables = torch.randn(2, tokens - max(prefix, 1), head_dim, dtype=torch.float64, device="cpu")
+            cos, sin = tables.to(x.dtype)
+            angles, given = (cos, sin), {rope.name: rope.make((cos, sin))}
+        if twin.training and block_obstacle(parts, x, angles) is not None:
             return Proof(None)  # dropout acts: in training the original runs
         torch.manual_seed(1)
-        actual = run_block(parts, x)
+        actual = run_block(parts, x, angles=angles)
     except Exception as error:
         return Proof(f"the operators can't express it ({explain(error)})")
     before = [dict(m.__dict__) for m in twin.modules()]
     required = _required(type(twin))
     try:
         torch.manual_seed(1)
-        expected = type(twin).forward(twin, x, *[None] * len(required))
+        expected = type(twin).forward(twin, x, *[None] * len(required), **given)
     except Exception as error:
         more = ", ".join(required) or type(error).__name__
         return Proof(f"its forward needs more than hidden states ({more})", ran=False)

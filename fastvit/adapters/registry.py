@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvit.adapters import timm, torchvision, transformers
+from fastvit.adapters import eva, timm, torchvision, transformers
 from fastvit.adapters.parts import (
     BlockParts,
     NotServed,
@@ -25,14 +25,15 @@ from fastvit.adapters.parts import (
 )
 from fastvit.adapters.probe import probe
 from fastvit.adapters.readout import FusedReadout
-from fastvit.adapters.swap import FusedBlock, FusedPatchConv, demands, fused_class
+from fastvit.adapters.swap import FusedBlock, FusedPatchConv, demands, fused_class, rope_argument
 from fastvit.nn._listeners import descendants, has_own_forward, listener_obstacle
 from fastvit.ops import use_backend
 
 # Each adapter: LIBRARY, its module's name; matches(block), does it look like one of its own; check(block), which raises
-# NotServed for a structure that it can't express; read(block) -> BlockParts, at every call.  And of whole models:
-# CLASSIFIERS, (module, name) of classes whose head reads the first tokens; readout(model) -> Readout or None, likewise.
-ADAPTERS: tuple[ModuleType, ...] = (timm, transformers, torchvision)
+# NotServed for a structure that it can't express; read(block) -> BlockParts, at every call; ROPE, how blocks are told
+# rotary positions, or None.  And of whole models: CLASSIFIERS, (module, name) of classes whose head reads the first
+# tokens; readout(model) -> Readout or None, likewise.
+ADAPTERS: tuple[ModuleType, ...] = (eva, timm, transformers, torchvision)
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,15 @@ FAMILIES = (
     Family("CLIP", "timm", "vit_*_clip_*", "norm before the blocks, QuickGELU variants"),
     Family("SigLIP", "timm", "vit_*_siglip_*, vit_so400m_*", "blocks; the attention pooling head stays as it is"),
     Family("DINOv2", "timm", "vit_*_patch14_dinov2, vit_*_patch14_reg4_dinov2", "LayerScale, registers, SwiGLU giant"),
+    Family(
+        "DINOv3", "timm", "vit_*_patch16_dinov3, ..._dinov3_qkvb", "rotary positions, packed and unpacked SwiGLU sizes"
+    ),
+    Family(
+        "EVA-02, RoPE-ViT, Perception Encoder",
+        "timm",
+        "eva02_*, vit_*_rope_*, vit_pe_*",
+        "norms inside a block too; mixed RoPE stays as it is",
+    ),
     Family("ViT", "transformers 4.57, 5", "ViTModel, ViTFor*"),
     Family("DeiT", "transformers 4.57, 5", "DeiTModel, DeiTFor*", "distillation token"),
     Family("CLIP vision", "transformers 4.57, 5", "CLIPVisionModel, CLIPModel", "the causal text tower runs as it was"),
@@ -58,6 +68,7 @@ FAMILIES = (
     Family(
         "DINOv2", "transformers 4.57, 5", "Dinov2Model, Dinov2WithRegistersModel", "LayerScale, DropPath, SwiGLU giant"
     ),
+    Family("DINOv3", "transformers 4.57, 5", "DINOv3ViTModel", "rotary positions, gated MLP"),
     Family("ViT", "torchvision", "vit_b_16 ... vit_h_14", "nn.MultiheadAttention"),
 )
 
@@ -91,7 +102,7 @@ def judge_block(module: nn.Module, path: str = "", model: nn.Module | None = Non
 
 
 def _judge_match(module: nn.Module, adapter: Any, path: str, model: nn.Module) -> Verdict:
-    if verdict := _judge_callers(type(module), path, model):
+    if verdict := _judge_callers(type(module), adapter, path, model):
         return verdict
     if not has_own_forward(module):
         return Verdict(reason="its forward was replaced on the instance")
@@ -144,14 +155,18 @@ def _callers(path: str, model: nn.Module) -> Iterator[nn.Module]:
             return
 
 
-def _judge_callers(cls: type[nn.Module], path: str, model: nn.Module) -> Verdict | None:
-    """A verdict on a block that is never called with hidden states alone."""
+def _judge_callers(cls: type[nn.Module], adapter: Any, path: str, model: nn.Module) -> Verdict | None:
+    """A verdict on a block that is never called with what the fused path takes alone."""
+    rope = rope_argument(adapter, cls)
+    others = [d for d in demands(cls) if rope is None or d != rope.name]
     for caller in _callers(path, model):
         name = type(caller).__name__
-        # What makes a position bias or a rotation for all blocks goes by the name under which they take it.
-        given = [d for d in demands(cls) if isinstance(getattr(caller, d, None), (nn.Module, Tensor))]
+        # What makes a position bias for all blocks goes by the name under which they take it.
+        given = [d for d in others if isinstance(getattr(caller, d, None), (nn.Module, Tensor))]
         if given:
             return Verdict(reason=f"{name} calls it with {', '.join(given)}")
+        if rope is not None and getattr(caller, "rope_mixed", False):
+            return Verdict(reason=f"{name} calls it with a rotation of its own for each head")
         code = getattr(inspect.unwrap(type(caller).forward), "__code__", None)
         if code is not None and any(re.search("create_.*causal_.*mask", called) for called in code.co_names):
             # A text tower, which nobody asks for.
@@ -178,7 +193,7 @@ def judge_classifier(module: nn.Module) -> Verdict | None:
     return None
 
 
-_PATCH_CONV_NAMES = ("proj", "projection", "patch_embedding", "conv_proj")
+_PATCH_CONV_NAMES = ("proj", "projection", "patch_embedding", "patch_embeddings", "conv_proj")
 
 
 def judge_patch_conv(path: str, module: nn.Module) -> Verdict | None:

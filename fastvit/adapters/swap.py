@@ -20,14 +20,17 @@ from torch import nn
 from fastvit import ops
 from fastvit.adapters.parts import (
     FLOAT,
+    Angles,
     BlockParts,
     NotServed,
     Quantization,
+    RopeArgument,
     block_obstacle,
     explain,
     input_obstacle,
     mode_obstacle,
     own_numbers,
+    read_angles,
     run_block,
     training_obstacle,
 )
@@ -112,14 +115,18 @@ class FusedBlock(Fused):
     fastvit_numbers: tuple[tuple[tuple[str, Any], ...], ...]
     fastvit_returns_tuple: bool
     fastvit_quantization: Quantization
+    # How its forward takes rotary positions, if it does.
+    fastvit_rope: RopeArgument | None
+    # What its forward takes beside hidden states.
+    fastvit_demands: list[str]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         block: Any = self
-        obstacle, x = _hidden_states(self.fastvit_original, args, kwargs)
+        obstacle, x, angles = _arguments(self.fastvit_demands, self.fastvit_rope, args, kwargs)
         out = None
         compiling = torch.compiler.is_compiling()
         tokens = None if compiling else _tokens_read(block)
-        if obstacle is None and not compiling and (out := run_prepared(block, x, tokens)) is not None:
+        if obstacle is None and not compiling and (out := run_prepared(block, x, tokens, angles)) is not None:
             return (out,) if self.fastvit_returns_tuple else out
         if obstacle is None:
             inner = descendants(block)
@@ -129,9 +136,9 @@ class FusedBlock(Fused):
                 parts = self.fastvit_read()
                 if self.fastvit_quantization != FLOAT:
                     parts = parts._replace(quantization=self.fastvit_quantization)
-                obstacle = block_obstacle(parts, x)
+                obstacle = block_obstacle(parts, x, angles)
                 if obstacle is None:
-                    out = run_block(parts, x, tokens)
+                    out = run_block(parts, x, tokens, angles)
                     if not compiling:
                         prepare(block, inner, parts, x)
             except (NotServed, ValueError, TypeError) as error:
@@ -201,22 +208,33 @@ def demands(cls: type[nn.Module]) -> list[str]:
     return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
+def rope_argument(adapter: Any, cls: type[nn.Module]) -> RopeArgument | None:
+    """How blocks of this class take rotary positions, if they do."""
+    return adapter.ROPE if adapter.ROPE is not None and adapter.ROPE.name in demands(cls) else None
+
+
 # Demands on the model, passed down to every layer, that change nothing inside a layer.
 _HARMLESS = {"output_hidden_states", "return_dict", "interpolate_pos_encoding"}
 
 
-def _hidden_states(original: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | None, Any]:
-    """(why not, None) or (None, hidden states): the fused path takes one tensor and no other demand."""
-    if len(args) == 1 and not kwargs:
-        return None, args[0]
+def _arguments(
+    demands: list[str], rope: RopeArgument | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[str | None, Any, Angles | None]:
+    """(why not, None, None) or (None, hidden states, angles): the fused path takes no other demand."""
     named = {k: v for k, v in kwargs.items() if v is not None and v is not False and k not in _HARMLESS}
-    given = [(i, a) for i, a in enumerate(args[1:]) if a is not None and a is not False]
-    names = [] if torch.compiler.is_compiling() or not given else demands(original)
-    extra = [names[i] if i < len(names) else type(a).__name__ for i, a in given]
+    for i, given in enumerate(args[1:]):
+        if given is not None and given is not False:
+            named[demands[i] if i < len(demands) else type(given).__name__] = given
     x = args[0] if args else named.pop("hidden_states", named.pop("x", named.pop("input", None)))
-    if named or extra:
-        return f"called with {', '.join([*named, *extra])}", None
-    return (None, x) if x is not None else ("called without hidden states", None)
+    positions = None if rope is None else named.pop(rope.name, None)
+    if named:
+        return f"called with {', '.join(named)}", None, None
+    if x is None and not args:
+        return "called without hidden states", None, None
+    try:
+        return None, x, read_angles(rope, positions)
+    except NotServed as error:
+        return str(error), None, None
 
 
 def fused_class(
@@ -257,9 +275,10 @@ def _fused_class(
         "fastvit_forwards": forwards,
     }
     if library is not None:
-        namespace["fastvit_read"] = getattr(
-            importlib.import_module(f"fastvit.adapters.{library}"), mixin.fastvit_reader
-        )
+        adapter = importlib.import_module(f"fastvit.adapters.{library}")
+        namespace["fastvit_read"] = getattr(adapter, mixin.fastvit_reader)
+        namespace["fastvit_demands"] = demands(original)
+        namespace["fastvit_rope"] = rope_argument(adapter, original)
         namespace["fastvit_types"] = types
         namespace["fastvit_numbers"] = numbers
         namespace["fastvit_returns_tuple"] = returns_tuple

@@ -20,6 +20,8 @@ from fastvit.adapters.parts import (
 
 LIBRARY = "torchvision"
 
+ROPE = None
+
 CLASSIFIERS = {("torchvision.models.vision_transformer", "VisionTransformer")}
 
 

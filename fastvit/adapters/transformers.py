@@ -1,4 +1,6 @@
-"""transformers' encoder layers: ViT, DeiT, CLIP vision, SigLIP vision, Dinov2 (with registers), in versions 4.57 and 5.
+"""transformers' encoder layers: ViT, DeiT, CLIP vision, SigLIP vision, Dinov2 (with registers) and DINOv3.
+
+As they are in versions 4.57 and 5.
 
 The versions and families differ in names alone, so each name is looked up among the ones that the library has used.
 """
@@ -14,6 +16,7 @@ from fastvit.adapters.parts import (
     Dropout,
     NotServed,
     Readout,
+    RopeArgument,
     check_contents,
     check_layer_scale,
     check_linear,
@@ -30,6 +33,15 @@ CLASSIFIERS = {
     ("transformers.models.deit.modeling_deit", "DeiTForImageClassification"),
     ("transformers.models.deit.modeling_deit", "DeiTForImageClassificationWithTeacher"),
 }
+
+
+def _read_angles(position_embeddings: Any) -> Any:
+    if not isinstance(position_embeddings, (tuple, list)) or len(position_embeddings) != 2:
+        raise NotServed(f"position_embeddings is {type(position_embeddings).__name__}, not cos and sin")
+    return tuple(position_embeddings)
+
+
+ROPE = RopeArgument("position_embeddings", required=True, read=_read_angles, make=lambda angles: angles)
 
 # All of them are softmax(q k^T) v; another name is somebody's own function.
 _ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
@@ -73,6 +85,8 @@ def _layers(block: nn.Module) -> _Layers:
         fc1, activation, fc2 = (packed,), "swiglu", child(mlp, "weights_out")
     elif (gate := child(mlp, "gate_proj")) is not None:
         fc1, activation, fc2 = (gate, child(mlp, "up_proj")), child(mlp, "act_fn"), child(mlp, "down_proj")
+    elif (up := child(mlp, "up_proj")) is not None:
+        fc1, activation, fc2 = (up,), child(mlp, "act_fn"), child(mlp, "down_proj")
     else:
         fc1, activation, fc2 = (child(mlp, "fc1"),), child(mlp, "activation_fn", "activation"), child(mlp, "fc2")
     return _Layers(outer, attn, q, k, v, proj, fc1, activation, fc2)

@@ -136,7 +136,11 @@ def contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
+def unit_stride(t: Tensor) -> Tensor:
+    """`t` with elements of the last dimension side by side."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
 def rows(t: Tensor) -> Tensor:
     """(..., K) as (M, K) with unit stride in the last dimension; a view wherever one exists."""
-    t = t.reshape(t.shape[:-1].numel(), t.shape[-1])
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    return unit_stride(t.reshape(t.shape[:-1].numel(), t.shape[-1]))

@@ -101,6 +101,21 @@ def attention_bias(bias: Tensor | None, full: tuple[int, int, int, int]) -> None
         raise ValueError(f"bias: shape {tuple(bias.shape)} does not broadcast; accepted: towards {full}")
 
 
+def rope(cos: Tensor | None, sin: Tensor | None, nq: int, nk: int, head_dim: int) -> None:
+    """Optional rotary positions of the last tokens of q and k."""
+    if cos is None or sin is None:
+        if cos is not sin:
+            raise TypeError("rope: None for one of the pair; accepted: two tensors")
+        return
+    for name, t in (("rope[0]", cos), ("rope[1]", sin)):
+        floating(name, t)
+    if cos.ndim != 2 or cos.shape != sin.shape or cos.shape[1] != head_dim or cos.shape[0] > nq:
+        shapes = f"{tuple(cos.shape)} and {tuple(sin.shape)}"
+        raise ValueError(f"rope: shapes {shapes} do not fit; accepted: two of (P, {head_dim}), P <= {nq}")
+    if nk != nq or head_dim % 2:
+        raise ValueError(f"rope: Nq={nq}, Nk={nk}, head_dim={head_dim}; accepted: Nq = Nk, even head_dim")
+
+
 def quantize(value: str | None) -> None:
     if value is not None and value not in QUANTIZE:
         raise ValueError(f"quantize: {value!r} is not known; accepted: {', '.join(map(repr, QUANTIZE))} or None")

@@ -45,7 +45,7 @@ def attention(
 ) -> Tensor:
     """Multi-head attention (Vaswani et al. 2017) that never holds an Nq x Nk matrix (Dao et al. 2022).
 
-    On CPU `scale` and `bias` alone run the C++ kernel; with anything else the plain reference runs.
+    On CPU `scale`, `bias` and `rope` run C++ kernels; with anything else the plain reference runs.
 
     Args:
         q: (B, Nq, num_heads, head_dim), float.  Any strides: slices of a packed qkv are read in place.
@@ -167,8 +167,8 @@ class _Arguments(NamedTuple):
     dtype: torch.dtype | None = None
 
     def plain(self) -> bool:
-        """Nothing but scale and bias?"""
-        given = (self.key_mask, self.cu_seqlens, self.rope_cos, self.rel_pos_h, self.bias_table, self.window)
+        """Nothing but scale, bias and rope?"""
+        given = (self.key_mask, self.cu_seqlens, self.rel_pos_h, self.bias_table, self.window)
         return all(g is None for g in given) and self.qk_norm == "none" and self.dropout_p == 0.0
 
     def rope(self) -> tuple[Tensor, Tensor] | None:
@@ -203,9 +203,8 @@ def _check(a: _Arguments) -> None:
         raise ValueError(f"v: shape {tuple(v.shape)} does not fit; accepted: k's, {tuple(k.shape)}")
     if nk == 0 and nq > 0:
         raise ValueError(f"k: shape {tuple(k.shape)} has no keys; accepted: Nk >= 1")
-    for name, two in (("rope", (a.rope_cos, a.rope_sin)), ("rel_pos", (a.rel_pos_h, a.rel_pos_w))):
-        if (two[0] is None) != (two[1] is None):
-            raise TypeError(f"{name}: None for one of the pair; accepted: two tensors")
+    if (a.rel_pos_h is None) != (a.rel_pos_w is None):
+        raise TypeError("rel_pos: None for one of the pair; accepted: two tensors")
     for name, sides in (("grid", a.grid), ("window", a.window), ("shift", a.shift)):
         if sides is not None and len(sides) != 2:
             raise ValueError(f"{name}: {tuple(sides)}; accepted: (rows, columns)")
@@ -224,8 +223,7 @@ def _check(a: _Arguments) -> None:
             raise ValueError(f"cu_seqlens: shape {tuple(a.cu_seqlens.shape)} does not fit; accepted: (S + 1,), S >= 1")
         if batch != 1 or nq != nk:
             raise ValueError(f"cu_seqlens: q {tuple(q.shape)}, k {tuple(k.shape)}; accepted: both (1, T, H, D)")
-    if a.rope_cos is not None and a.rope_sin is not None:
-        _check_rope(a, a.rope_cos, a.rope_sin)
+    _checks.rope(a.rope_cos, a.rope_sin, nq, nk, head_dim)
     _checks.norm(a.qk_norm, a.q_norm_weight, a.q_norm_bias, head_dim, "qk_norm", "q_norm")
     _checks.norm(a.qk_norm, a.k_norm_weight, a.k_norm_bias, head_dim, "qk_norm", "k_norm")
     if a.rel_pos_h is not None and a.rel_pos_w is not None:
@@ -283,17 +281,6 @@ def _check_window(a: _Arguments) -> None:
             raise ValueError(f"shift: {tuple(a.shift)} of windows of {tuple(a.window)}; accepted: 0 <= shift < window")
 
 
-def _check_rope(a: _Arguments, cos: Tensor, sin: Tensor) -> None:
-    for name, t in (("rope[0]", cos), ("rope[1]", sin)):
-        _checks.floating(name, t)
-    tokens, head_dim = a.q.shape[1], a.q.shape[3]
-    if cos.ndim != 2 or cos.shape != sin.shape or cos.shape[1] != head_dim or cos.shape[0] > tokens:
-        shapes = f"{tuple(cos.shape)} and {tuple(sin.shape)}"
-        raise ValueError(f"rope: shapes {shapes} do not fit; accepted: two of (P, {head_dim}), P <= {tokens}")
-    if a.k.shape[1] != tokens or head_dim % 2:
-        raise ValueError(f"rope: Nq={tokens}, Nk={a.k.shape[1]}, head_dim={head_dim}; accepted: Nq = Nk, even head_dim")
-
-
 def _check_table(a: _Arguments) -> None:
     if a.bias_table is None:
         if a.bias_index is not None:
@@ -326,10 +313,10 @@ def _shape(name: str, t: Tensor, accepted: tuple[int, ...]) -> None:
 
 
 def _backend_of(a: _Arguments, compute: torch.dtype) -> str:
-    backend = _backend.choose(a.q, compute, a.k, a.v, a.bias)
+    backend = _backend.choose(a.q, compute, a.k, a.v, a.bias, a.rope_cos, a.rope_sin)
     if backend == "cpp" and not a.plain():
         if not _backend.may_run("reference"):
-            raise RuntimeError("backend 'cpp' was forced, but serves attention with scale and bias alone")
+            raise RuntimeError("backend 'cpp' was forced, but serves attention with scale, bias and rope alone")
         return "reference"
     return backend
 
@@ -374,8 +361,10 @@ def _kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
     _check_values(a)
     if out.numel() == 0:
         return out, softmax
+    rope = a.rope()
     if backend == "cpp":
-        tensors = [t if t.stride(-1) == 1 else t.contiguous() for t in (a.q, a.k, a.v)]
+        q, k = (t if rope is None else _rotated(t, rope, a.rope_interleaved, out.dtype) for t in (a.q, a.k))
+        tensors = [_backend.unit_stride(t) for t in (q, k, a.v)]
         _backend.extension().attention(  # type: ignore[union-attr]
             _backend.view(out.unflatten(-1, a.q.shape[2:])),
             *map(_backend.view, tensors),
@@ -388,7 +377,7 @@ def _kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
         q, k, v = (t.to(a.dtype or t.dtype) for t in (a.q, a.k, a.v))
         out = _backend.triton_kernel("attention")(
             q, k, v, **_triton_options(a), qk_norm=a.qk_norm, q_norm_weight=a.q_norm_weight, q_norm_bias=a.q_norm_bias,
-            k_norm_weight=a.k_norm_weight, k_norm_bias=a.k_norm_bias, qk_norm_eps=a.qk_norm_eps, rope=a.rope(),
+            k_norm_weight=a.k_norm_weight, k_norm_bias=a.k_norm_bias, qk_norm_eps=a.qk_norm_eps, rope=rope,
             rope_interleaved=a.rope_interleaved, softmax=softmax if softmax.numel() else None,
         )  # fmt: skip
     else:
@@ -396,9 +385,18 @@ def _kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out, softmax
 
 
-def kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
-    """Attention below autograd, for operators that are made of it."""
-    return _kernel(*_Arguments(q, k, v, scale, bias, dtype=dtype))[0]
+def _rotated(x: Tensor, rope: tuple[Tensor, Tensor], interleaved: bool, dtype: torch.dtype) -> Tensor:
+    """A rotated copy of x in the dtype that products run in."""
+    x = torch.empty(x.shape, dtype=dtype).copy_(x)
+    tables = [_backend.unit_stride(t) for t in rope]
+    views = map(_backend.view, (x, *tables))
+    _backend.extension().rotate(*views, interleaved, torch.get_num_threads())  # type: ignore[union-attr]
+    return x
+
+
+def kernel(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Attention below autograd, for operators that are made of it.  options: fields of `_Arguments`, checked."""
+    return _kernel(*_Arguments(q, k, v, **options))[0]
 
 
 def _operands(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,6 +35,8 @@ def self_attention(
     num_heads: int,
     scale: float | None = None,
     bias: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    rope_interleaved: bool = False,
     norm: str = "layer",
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
@@ -56,7 +58,7 @@ def self_attention(
         proj_weight: (D, num_heads * head_dim).
         proj_bias: (D,).
         num_heads: heads.
-        scale, bias: as in `attention`.
+        scale, bias, rope, rope_interleaved: as in `attention`.
         norm, norm_weight, norm_bias, eps: as in `norm_linear`.
         layer_scale, drop_path: as in `linear_residual`.
         quantize: as in `norm_linear`, or a pair for (qkv, proj), such as ("int8", None).
@@ -80,6 +82,8 @@ def self_attention(
             num_heads=num_heads,
             scale=scale,
             bias=bias,
+            rope=rope,
+            rope_interleaved=rope_interleaved,
             norm=norm,
             norm_weight=norm_weight,
             norm_bias=norm_bias,
@@ -99,6 +103,7 @@ def self_attention(
     if scale is None:
         head_dim = proj_weight.shape[-1] // max(num_heads, 1) if proj_weight.ndim else 0
         scale = head_dim**-0.5 if head_dim else 1.0
+    cos, sin = _checks.pair("rope", rope, "cos and sin, each (P, head_dim)")
     dtype, pair = autocast_dtype(x), _checks.quantize_pair(quantize, "(qkv, proj)")
     arguments = (
         x,
@@ -108,6 +113,9 @@ def self_attention(
         num_heads,
         scale,
         bias,
+        cos,
+        sin,
+        rope_interleaved,
         norm_weight,
         norm_bias,
         norm,
@@ -138,6 +146,9 @@ class _Arguments(NamedTuple):
     num_heads: int
     scale: float
     bias: Tensor | None
+    rope_cos: Tensor | None
+    rope_sin: Tensor | None
+    rope_interleaved: bool
     norm_weight: Tensor | None
     norm_bias: Tensor | None
     norm: str
@@ -147,6 +158,11 @@ class _Arguments(NamedTuple):
     dtype: torch.dtype | None
     quantize_qkv: str | None
     quantize_proj: str | None
+
+    def attention(self) -> dict[str, Any]:
+        """The options of `ops.attention`."""
+        rope = None if self.rope_cos is None or self.rope_sin is None else (self.rope_cos, self.rope_sin)
+        return {"scale": self.scale, "bias": self.bias, "rope": rope, "rope_interleaved": self.rope_interleaved}
 
     def projections(self) -> list[tuple[str, Tensor, Tensor | None]]:
         """One packed [q; k; v], or three."""
@@ -191,6 +207,7 @@ def _output(*arguments: Any) -> Tensor:
     _checks.quantize(a.quantize_qkv)
     _checks.quantize(a.quantize_proj)
     _checks.attention_bias(a.bias, (batch, a.num_heads, tokens, tokens))
+    _checks.rope(a.rope_cos, a.rope_sin, tokens, tokens, inner // a.num_heads)
     named: dict[str, Tensor | None] = {f"{name}_weight": weight for name, weight, _ in projections}
     named |= {f"{name}_bias": bias for name, _, bias in projections}
     named |= {"proj_weight": a.proj_weight, "proj_bias": a.proj_bias}
@@ -198,6 +215,7 @@ def _output(*arguments: Any) -> Tensor:
         for name, operand in named.items():
             _checks.same_dtype(name, operand, x.dtype, "x")
     others = {"norm_weight": a.norm_weight, "norm_bias": a.norm_bias, "bias": a.bias}
+    others |= {"rope[0]": a.rope_cos, "rope[1]": a.rope_sin}
     _checks.same_device(x=x, **named, **others, layer_scale=a.layer_scale, drop_path=a.drop_path)
     return x.new_empty(x.shape)
 
@@ -221,6 +239,7 @@ def _kernel(*arguments: Any) -> Tensor:
     weights += [None] * (9 - len(weights))
     weights += [*_int8.operand(a.proj_weight, a.quantize_proj), contiguous(a.proj_bias)]
     vectors = [contiguous(t) for t in (a.norm_weight, a.norm_bias, a.layer_scale)]
+    tables = [None if t is None else _backend.unit_stride(t) for t in (a.rope_cos, a.rope_sin)]
     factors = None if a.drop_path is None else a.drop_path.float().contiguous()
     batch, tokens, _ = a.x.shape
     bias = None if a.bias is None else a.bias.expand(batch, a.num_heads, tokens, tokens)
@@ -234,6 +253,8 @@ def _kernel(*arguments: Any) -> Tensor:
         a.eps,
         view(bias),
         a.scale,
+        *map(view, tables),
+        a.rope_interleaved,
         view(vectors[2]),
         view(factors),
         batch,
@@ -252,7 +273,8 @@ def _composed(a: _Arguments) -> Tensor:
         q, k, v = projected[0].unflatten(-1, (3, a.num_heads, -1)).unbind(2)
     else:
         q, k, v = (t.unflatten(-1, (a.num_heads, -1)) for t in projected)
-    heads = attention_kernel(q, k, v, a.scale, a.bias, a.dtype)
+    options = {"rope_cos": a.rope_cos, "rope_sin": a.rope_sin, "rope_interleaved": a.rope_interleaved}
+    heads = attention_kernel(q, k, v, scale=a.scale, bias=a.bias, dtype=a.dtype, **options)
     ends = (a.x, a.layer_scale, a.drop_path, a.dtype, a.quantize_proj)
     return linear_residual_kernel(heads, a.proj_weight, a.proj_bias, *ends)
 
@@ -267,7 +289,7 @@ def _differentiable(*arguments: Any) -> Tensor:
             q, k, v = projected[0].unflatten(-1, (3, a.num_heads, -1)).unbind(2)
         else:
             q, k, v = (t.unflatten(-1, (a.num_heads, -1)) for t in projected)
-        heads = attention(q, k, v, scale=a.scale, bias=a.bias)
+        heads = attention(q, k, v, **a.attention())
         return linear_residual(
             heads, a.proj_weight, a.proj_bias, residual=a.x, layer_scale=a.layer_scale, drop_path=a.drop_path
         )
@@ -291,8 +313,7 @@ def _reference(*arguments: Any) -> Tensor:
             a.proj_weight,
             a.proj_bias,
             num_heads=a.num_heads,
-            scale=a.scale,
-            bias=a.bias,
+            **a.attention(),
             norm=a.norm,
             norm_weight=a.norm_weight,
             norm_bias=a.norm_bias,
@@ -305,8 +326,9 @@ def _reference(*arguments: Any) -> Tensor:
 _op = register(
     "self_attention(Tensor x, Tensor q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, Tensor? v_weight, "
     "Tensor? v_bias, Tensor proj_weight, Tensor? proj_bias, int num_heads, float scale, Tensor? bias, "
-    "Tensor? norm_weight, Tensor? norm_bias, str norm, float eps, Tensor? layer_scale, Tensor? drop_path, "
-    "ScalarType? dtype, str? quantize_qkv, str? quantize_proj) -> Tensor",
+    "Tensor? rope_cos, Tensor? rope_sin, bool rope_interleaved, Tensor? norm_weight, Tensor? norm_bias, str norm, "
+    "float eps, Tensor? layer_scale, Tensor? drop_path, ScalarType? dtype, str? quantize_qkv, str? quantize_proj) "
+    "-> Tensor",
     kernel=_kernel,
     fake=_output,
     reference=_recomputed,

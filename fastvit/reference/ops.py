@@ -280,6 +280,8 @@ def self_attention(
     num_heads: int,
     scale: float | None = None,
     bias: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    rope_interleaved: bool = False,
     norm: str = "layer",
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
@@ -291,14 +293,15 @@ def self_attention(
     """x + drop_path * layer_scale * proj(attention(qkv(norm(x)))); arguments as in `fastvit.ops.self_attention`."""
     of_qkv, of_proj = quantize if isinstance(quantize, tuple) else (quantize, quantize)
     project = partial(norm_linear, x, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, quantize=of_qkv)
+    options: dict[str, Any] = {"scale": scale, "bias": bias, "rope": rope, "rope_interleaved": rope_interleaved}
     if isinstance(qkv_weight, tuple):
         biases = qkv_bias if isinstance(qkv_bias, tuple) else (None,) * 3
         pairs = zip(qkv_weight, biases, strict=True)
         q, k, v = (project(weight, bias_).unflatten(-1, (num_heads, -1)) for weight, bias_ in pairs)
-        heads = attention(q, k, v, scale=scale, bias=bias)
+        heads = attention(q, k, v, **options)
     else:
         assert not isinstance(qkv_bias, tuple)
-        heads = attention_qkvpacked(project(qkv_weight, qkv_bias), num_heads, scale=scale, bias=bias)
+        heads = attention_qkvpacked(project(qkv_weight, qkv_bias), num_heads, **options)
     return linear_residual(
         heads, proj_weight, proj_bias, residual=x, layer_scale=layer_scale, drop_path=drop_path, quantize=of_proj
     )

@@ -325,8 +325,7 @@ def timm_model(name, **options):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("vit_pe_core_tiny_patch16_384", "Eva calls it with rope"),
-        ("vit_pe_spatial_tiny_patch16_512", "Eva calls it with rope"),
+        ("vit_small_patch16_rope_mixed_224", "Eva calls it with a rotation of its own for each head"),
         ("vit_srelpos_small_patch16_224", "VisionTransformerRelPos calls it with shared_rel_pos"),
     ],
 )
@@ -340,14 +339,6 @@ def test_blocks_that_are_always_called_with_more_are_left(name, reason):
     actual = run(fastvit.optimize(model), x)
     assert all(torch.equal(actual[k], expected[k]) for k in expected)
     assert [r.detail for r in fastvit.report(model).rows if r.path.startswith("blocks")] == [reason] * 2
-
-
-def test_a_model_without_its_optional_rotation_is_served():
-    model = timm_model("vit_pe_core_tiny_patch16_384", depth=2, img_size=64, use_rot_pos_emb=False)
-    x = torch.randn(1, 3, 64, 64)
-    fastvit.optimize(nasty.randomize(model).eval(), strict=True)
-    assert agree(model, x)
-    assert not reasons(model)
 
 
 def test_a_mask_that_the_model_requires():
@@ -618,7 +609,8 @@ def test_a_forward_on_a_block_instance_is_left():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: timm_model("eva02_tiny_patch14_224", depth=1, img_size=28),
+        lambda: timm_model("eva02_enormous_patch14_clip_224", depth=1, embed_dim=112, num_heads=1, img_size=28),
+        lambda: import_library("timm.models.eva").EvaBlock(64, 2, gated_attn=True),
         lambda: timm_model("beit_base_patch16_224", depth=1, embed_dim=96, num_heads=3, img_size=32),
         lambda: timm_model("vit_relpos_small_patch16_224", depth=1, embed_dim=96, num_heads=3, img_size=32),
         lambda: timm_model("cait_xxs24_224", depth=1, img_size=32),
@@ -644,6 +636,12 @@ def inner(cls, make):
     return next(m for m in make().modules() if type(m).__name__ == cls)
 
 
+def without_an_mlp_projection():
+    layer = inner("DINOv3ViTLayer", zoo.MODELS["hf dinov3"])
+    del layer.mlp.up_proj
+    return layer
+
+
 class NoHeads(Attention):
     def __init__(self, dim, num_heads):
         super().__init__(dim, num_heads)
@@ -664,7 +662,7 @@ class Sized(Block):
             lambda: timm_model("hiera_tiny_224", stages=(1, 1, 1, 1)).blocks[0],
             "MaskUnitAttention has no num_heads, which its adapter needs",
         ),
-        (lambda: inner("DINOv3ViTLayer", zoo.hf("DINOv3ViTModel", "DINOv3ViTConfig")), "MLP projection is missing"),
+        (without_an_mlp_projection, "MLP projection is missing"),
     ],
 )
 def test_reasons_are_sentences(make, reason):

@@ -346,6 +346,6 @@ def test_compare_keeps_buffers_in_training():
 def test_compare_names_a_wrong_result(vit, monkeypatch):
     """compare would see it if the operators were wrong."""
     model, x = vit
-    monkeypatch.setattr(swap, "run_block", lambda parts, x, tokens: x[:, :tokens])
-    monkeypatch.setattr(swap, "run_prepared", lambda block, x, tokens: None)
+    monkeypatch.setattr(swap, "run_block", lambda parts, x, tokens, angles: x[:, :tokens])
+    monkeypatch.setattr(swap, "run_prepared", lambda *arguments: None)
     assert fastvit.compare(model, x).max_relative_l2 > 1e-2

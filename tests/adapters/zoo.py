@@ -19,6 +19,7 @@ HF = {
     "image_size": 32,
     "patch_size": 8,
 }
+EVA = {"img_size": 32, "embed_dim": 64, "num_heads": 2}
 TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 64}
 
 
@@ -54,6 +55,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm vit qk norm": timm(qk_norm=True, qkv_bias=False),
     "timm vit swiglu": lambda: timm(**swiglu())(),
     "timm vit unpacked swiglu": lambda: timm(**{**swiglu(), "mlp_layer": import_library("timm.layers").SwiGLU})(),
+    "timm inner norms": timm(scale_attn_norm=True, scale_mlp_norm=True),
     "timm clip": timm(pre_norm=True, act_layer="quick_gelu"),
     "timm siglip": timm(class_token=False, global_pool="map", act_layer="gelu_tanh"),
     "timm head dim 72": timm(embed_dim=144, mlp_ratio=3.7362),
@@ -62,6 +64,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm deit distilled": timm_named("deit_tiny_distilled_patch16_224", img_size=32),
     "timm deit3": timm_named("deit3_small_patch16_224", img_size=32, embed_dim=96, num_heads=3),
     "timm dinov2": timm_named("vit_small_patch14_reg4_dinov2", img_size=28, embed_dim=96, num_heads=3),
+    "timm dinov3": timm_named("vit_small_patch16_dinov3", patch_size=8, **EVA),
+    "timm dinov3 biases": timm_named("vit_small_patch16_dinov3_qkvb", patch_size=8, **EVA),
+    "timm dinov3 swiglu": timm_named("vit_small_plus_patch16_dinov3", patch_size=8, **EVA),
+    "timm eva02": timm_named("eva02_tiny_patch14_224", patch_size=8, **EVA),
+    "timm eva02 inner norms": timm_named("eva02_base_patch14_224", patch_size=8, scale_attn_inner=True, **EVA),
+    "timm rope": timm_named("vit_small_patch16_rope_224", patch_size=8, **EVA),
+    "timm rope qk norm": timm_named("vit_small_patch16_rope_224", patch_size=8, qk_norm=True, **EVA),
     "hf vit": hf("ViTModel", "ViTConfig"),
     "hf vit classifier": hf("ViTForImageClassification", "ViTConfig", num_labels=64),
     "hf vit no qkv bias": hf("ViTModel", "ViTConfig", qkv_bias=False),
@@ -78,6 +87,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "hf dinov2 registers classifier": hf(
         "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", use_swiglu_ffn=True, num_labels=64
     ),
+    "hf dinov3": hf("DINOv3ViTModel", "DINOv3ViTConfig", num_register_tokens=4, pos_embed_rescale=None),
+    "hf dinov3 gated": hf("DINOv3ViTModel", "DINOv3ViTConfig", use_gated_mlp=True, hidden_act="silu", key_bias=True),
     "torchvision vit": torchvision,
 }
 

@@ -128,6 +128,8 @@ def self_attention(
     row_scale: Tensor,
     samples: int,
     num_heads: int,
+    rope: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+    interleaved: bool = False,
     *,
     compute: torch.dtype,
     threads: int = 2,
@@ -137,9 +139,15 @@ def self_attention(
     views = map(view, (out, x, *qkv, *operand(proj_weight), proj_bias, norm_weight, norm_bias))
     inner = operand(projections[0][0])[0].shape[0] * len(projections) // 3
     scale = (inner // num_heads) ** -0.5
-    ends = (view(attn_bias), scale, view(layer_scale), view(row_scale), samples, num_heads)
+    turns = (*map(view, rope), int(interleaved))
+    ends = (view(attn_bias), scale, *turns, view(layer_scale), view(row_scale), samples, num_heads)
     kernels.self_attention(*views, NORMS.index("layer"), 1e-6, *ends, compute_code(compute), threads)
     return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, threads: int = 2) -> None:
+    """In place."""
+    kernels.rotate(view(x), view(cos), view(sin), int(interleaved), threads)
 
 
 def attention(

@@ -44,9 +44,12 @@ def test_mlp(isa: str, dtype: torch.dtype, activation: str, samples: int, tokens
     "samples, tokens, heads, head_dim, d", [(2, 29, 3, 20, 72), (1, 1, 1, 1, 8), (40, 50, 4, 128, 16)]
 )
 @pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("rope", ["none", "half", "interleaved"])
 def test_self_attention(
-    isa: str, dtype: torch.dtype, packed: bool, samples: int, tokens: int, heads: int, head_dim: int, d: int
+    isa: str, dtype: torch.dtype, rope: str, packed: bool, samples: int, tokens: int, heads: int, head_dim: int, d: int
 ) -> None:
+    if rope != "none" and head_dim % 2:
+        pytest.skip("a channel without a partner")
     if samples == 40 and isa == "scalar":
         pytest.skip("slow in plain C++")
     inner = heads * head_dim
@@ -58,11 +61,28 @@ def test_self_attention(
     factors = torch.arange(samples) * 0.5
     qkv = call.norm_linear(x, w, b, norm="layer", norm_weight=gain, norm_bias=shift, compute=dtype)
     q, k, v = qkv.view(samples, tokens, 3, heads, head_dim).unbind(2)
+    turns = (None, None)
+    if rope != "none":
+        turns = nasty.tokens(2, tokens - 1, head_dim, seed=7, massive=0).to(dtype).unbind()
+        call.rotate(q, *turns, rope == "interleaved")
+        call.rotate(k, *turns, rope == "interleaved")
     attended = call.attention(q, k, v, mask, compute=dtype).view(samples * tokens, inner)
     scales = (gamma, factors)
     expected = call.linear_residual(attended, proj, proj_b, x, *scales, rows_per_sample=tokens, compute=dtype)
     projections = [(w, b)] if packed else list(zip(w.chunk(3), b.chunk(3), strict=True))
     actual = call.self_attention(
-        x, projections, proj, proj_b, gain, shift, mask, *scales, samples, heads, compute=dtype
+        x,
+        projections,
+        proj,
+        proj_b,
+        gain,
+        shift,
+        mask,
+        *scales,
+        samples,
+        heads,
+        turns,
+        rope == "interleaved",
+        compute=dtype,
     )
     assert torch.equal(actual, expected)

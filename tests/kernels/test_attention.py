@@ -214,6 +214,21 @@ def test_prepared_by_a_pass_over_memory(device: torch.device, monkeypatch: pytes
     check_prepared(device, qkv(21, 72, torch.float16), **prepared(21, 72))
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("inside", [True, False])
+def test_tables_are_read_where_they_lie(
+    device: torch.device, inside: bool, interleaved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cos and sin as timm has them: halves of one tensor."""
+    monkeypatch.setattr("fastvit.kernels.attention._prepares_inside", lambda call: inside)
+    q, k, v = (t.to(device) for t in qkv(21, 40, torch.float32))
+    halves = torch.randn(16, 80, generator=nasty.generator()).to(device).chunk(2, -1)
+    expected = attention(q, k, v, rope=tuple(t.contiguous() for t in halves), rope_interleaved=interleaved)
+    assert torch.equal(attention(q, k, v, rope=halves, rope_interleaved=interleaved), expected)
+    uneven = (halves[0], halves[1].contiguous())
+    assert torch.equal(attention(q, k, v, rope=uneven, rope_interleaved=interleaved), expected)
+
+
 @pytest.mark.parametrize("arch", ["sm80", "sm90", "sm100", "gfx942"])
 @pytest.mark.parametrize(
     ("batch", "n", "head_dim", "launches"), [(64, 201, 64, 1), (64, 201, 128, 1), (1, 577, 64, 1), (64, 577, 64, 3)]

@@ -197,6 +197,17 @@ def test_rope(device: torch.device, prefix: int, interleaved: bool) -> None:
     check(device, torch.float32, qkv(21, head_dim=20), rope=angles(21 - prefix, 20), rope_interleaved=interleaved)
 
 
+def test_gradients_by_tables_that_are_halves_of_one_tensor(device: torch.device) -> None:
+    operands = [t.to(device, torch.float32).requires_grad_() for t in qkv(21, head_dim=40)]
+    halves = torch.cat(angles(16, 40), -1).to(device, torch.float32).chunk(2, -1)
+    with ops.use_backend("triton"):
+        results = [
+            torch.autograd.grad(ops.attention(*operands, rope=rope).square().sum(), operands)
+            for rope in (halves, tuple(t.contiguous() for t in halves))
+        ]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 def test_qk_norm_and_rope(device: torch.device, kind: str, dtype: torch.dtype) -> None:
     vectors = {"q_norm_weight": 1.0, "k_norm_weight": 1.0}

@@ -191,6 +191,25 @@ def test_rope(interleaved):
     assert_close(ops.attention(q.float(), k.float(), v.float(), **low), reference.attention(turned(q), turned(k), v))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("head_dim", [2, 6, *nasty.HEAD_DIMS])
+def test_rope_of_any_head_dim(head_dim, interleaved, backend, dtype):
+    # Halves of one tensor, as timm has them.
+    cos, sin = normal(12, 2 * head_dim).chunk(2, -1)
+    q, k, v = arguments(2, 17, 2, head_dim)
+    given = [t.to(dtype) for t in (q, k, v)]
+    low = {"rope": (cos.to(dtype), sin.to(dtype)), "rope_interleaved": interleaved}
+    truth = reference.attention(
+        *(t.double() for t in given), rope=tuple(t.double() for t in low["rope"]), rope_interleaved=interleaved
+    )
+    with ops.use_backend(backend):
+        actual = ops.attention(*given, **low)
+    assert_close(actual, truth, eager=reference.attention(*given, **low))
+    assert all(torch.equal(a, t.to(dtype)) for a, t in zip(given, (q, k, v), strict=True))
+
+
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 def test_qk_norm(kind):
     q, k, v = arguments(2, 9, 2, 16)
@@ -322,7 +341,7 @@ def test_everything_compiles():
 
 def test_cpp_says_what_it_lacks():
     q, k, v = (t.float() for t in arguments(1, 4, 2, 8))
-    with ops.use_backend("cpp"), pytest.raises(RuntimeError, match="scale and bias alone"):
+    with ops.use_backend("cpp"), pytest.raises(RuntimeError, match="scale, bias and rope alone"):
         ops.attention(q, k, v, dropout_p=0.1)
 
 

@@ -91,6 +91,34 @@ def test_bias_of_scores(shape, dtype):
     check("self_attention", *args, **kwargs, bias=nasty.vector(torch.Size(shape).numel()).view(shape), dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("prefix", [0, 5])
+def test_rope(prefix, interleaved, backend, dtype):
+    args, kwargs = arguments(3, 21, 2, 20)
+    rope = tuple(t.to(dtype) for t in angles(21 - prefix, 20))
+    check("self_attention", *args, **kwargs, rope=rope, rope_interleaved=interleaved, dtype=dtype, backend=backend)
+
+
+def angles(positions, head_dim):
+    angle = nasty.tokens(positions, head_dim // 2, seed=7, massive=0)
+    return tuple(torch.cat([t, t], -1) for t in (angle.cos(), angle.sin()))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 21, 21), (21, 21)])
+def test_rope_and_a_bias_of_scores(shape):
+    args, kwargs = arguments(3, 21, 2, 32)
+    bias = nasty.vector(torch.Size(shape).numel()).view(shape)
+    rope = tuple(t.float() for t in angles(20, 32))
+    check("self_attention", *args, **kwargs, bias=bias, rope=rope, dtype=torch.float32)
+
+
+def test_rope_in_groups_of_samples():
+    args, kwargs = arguments(45, 197, 4, 128, d=16)
+    check("self_attention", *args, **kwargs, rope=tuple(t.float() for t in angles(192, 128)), dtype=torch.float32)
+
+
 def test_more_samples_than_one_group():
     """Groups begin at samples: DropPath's factors and the bias of scores must follow."""
     args, kwargs = arguments(45, 197, 4, 128, d=16)
@@ -154,6 +182,17 @@ def test_gradients():
     check_gradients("self_attention", *args, **kwargs)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_gradients_with_rope(interleaved):
+    """Those of the tables, too."""
+    args, kwargs = in_dtype(*arguments(2, 5, 2, 12), torch.float64)
+
+    def run(x, cos, sin):
+        return ops.self_attention(x, *args[1:], **kwargs, rope=(cos, sin), rope_interleaved=interleaved)
+
+    assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in (args[0], *angles(4, 12))])
+
+
 def test_gradients_of_three_projections():
     args, kwargs = in_dtype(*arguments(2, 5, 2, 12), torch.float32)
     leaves = [t.clone().requires_grad_() for t in args]
@@ -195,6 +234,10 @@ def test_autocast_keeps_the_residual_wide():
         ({"proj_bias": torch.zeros(5)}, ValueError, "proj_bias: shape"),
         ({"norm": "batch"}, ValueError, "norm: 'batch'"),
         ({"bias": torch.zeros(4, 4)}, ValueError, "bias: shape"),
+        ({"rope": (torch.zeros(4, 4), torch.zeros(4, 4))}, ValueError, r"rope: shapes .* P <= 3"),
+        ({"rope": (torch.zeros(2, 6), torch.zeros(2, 6))}, ValueError, r"accepted: two of \(P, 4\)"),
+        ({"rope": (torch.zeros(2, 4), None)}, TypeError, "rope: None for one"),
+        ({"rope": torch.zeros(2, 4)}, TypeError, "rope: Tensor"),
         ({"layer_scale": torch.zeros(3)}, ValueError, "layer_scale: shape"),
         ({"drop_path": torch.zeros(3)}, ValueError, "drop_path: shape"),
         ({"proj_weight": torch.zeros(8, 8, device="meta")}, ValueError, "proj_weight: on meta"),

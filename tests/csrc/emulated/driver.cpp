@@ -180,6 +180,7 @@ void run(Request& request) {
       {"patch_embed", [](Request& r) { call(calls::patch_embed, r); }},
       {"norm_linear", [](Request& r) { call(calls::norm_linear, r); }},
       {"attention", [](Request& r) { call(calls::attention, r); }},
+      {"rotate", [](Request& r) { call(calls::rotate, r); }},
       {"linear_residual", [](Request& r) { call(calls::linear_residual, r); }},
       {"self_attention", [](Request& r) { call(calls::self_attention, r); }},
       {"mlp", [](Request& r) { call(calls::mlp, r); }},

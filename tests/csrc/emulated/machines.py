@@ -23,7 +23,7 @@ PRODUCTS = (
     "test_pool.py",
     *INT8,
 )
-ALL = ("test_attention.py", *PRODUCTS)
+ALL = ("test_attention.py", "test_rotate.py", *PRODUCTS)
 
 
 @dataclass(frozen=True)
