@@ -157,10 +157,12 @@ struct Patches {
       for (int64_t x = 0; x < p2; x += kLanes) {
         const int64_t n = min(kLanes, p2 - x);
         const Pixels pixels = load_pixels<kStep>(corner + x * kStep, n * kStep - gap);
+        // What a whole vector leaves behind a line is written over with the channel's next ones.
+        const int64_t wide = (p1 - y) * p2 - x < kLanes ? n : kLanes;
 #pragma GCC unroll 4
         for (int c = 0; c < kStep; ++c) {
           if (c == channels) break;
-          values.put(channel_of(pixels, c), c, out + c * p1 * p2 + x, n);
+          values.put(channel_of(pixels, c), c, out + c * p1 * p2 + x, wide);
         }
       }
     }
