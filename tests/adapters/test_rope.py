@@ -130,6 +130,10 @@ def _in_place(attn):
     attn.q_bias.data.mul_(3.0)
 
 
+def _one_element_behind_the_version_counter(attn):
+    attn.v_bias.data[37] += 10.0
+
+
 def _through_no_grad(attn):
     with torch.no_grad():
         attn.v_bias.add_(1.0)
@@ -151,7 +155,12 @@ def _none(attn):
     attn.q_bias = attn.k_bias = attn.v_bias = None
 
 
-@pytest.mark.parametrize("change", [_in_place, _through_no_grad, _new_storage, _new_parameter, _buffer, _none])
+BIAS_CHANGES = [
+    _in_place, _one_element_behind_the_version_counter, _through_no_grad, _new_storage, _new_parameter, _buffer, _none,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", BIAS_CHANGES)
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_biases_that_change_take_effect(eva, change, quantize):
     """A packed qkv has its bias in three parts, which are put together."""
