@@ -169,9 +169,8 @@ class Guard {
 class PreparedBlock {
  public:
   // operands: tensors or None, in the order of Operand. guards: what operands are copies of, the
-  // weights behind int8 ones.
-  // compute: the dtype of the hidden states. rope_prefix: how many tokens are never rotated; -1:
-  // as many as there are beyond the angles.
+  // weights behind int8 ones among them. compute: the dtype of the hidden states. rope_prefix: how
+  // many tokens are never rotated; -1: as many as there are beyond the angles.
   PreparedBlock(Snapshot snapshot, const std::vector<py::object>& operands,
                 const std::vector<py::object>& guards, int compute, int64_t num_heads, float scale,
                 bool rope_interleaved, int64_t rope_prefix, std::pair<int, float> norm1,
@@ -226,9 +225,10 @@ class PreparedBlock {
       return false;
     }
     const int64_t queries = result.size[1];
-    if (rotates && !(turns(cos, tokens) && turns(sin, tokens) && cos.size[0] == sin.size[0] &&
-                     queries == tokens))
+    if (rotates && (!turns(cos, tokens) || !turns(sin, tokens) || cos.size[0] != sin.size[0] ||
+                    queries != tokens)) {
       return false;
+    }
     for (View* each : {&in, &result}) {
       each->ndim = 2;
       each->size[0] *= each->size[1], each->size[1] = features;

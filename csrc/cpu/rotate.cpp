@@ -38,7 +38,7 @@ void rotate(const RotateArgs& args) {
   const int64_t samples = args.x.size[0], heads = args.x.size[2], head_dim = args.x.size[3];
   const int64_t positions = args.cos.size[0], prefix = args.x.size[1] - positions;
   const Rows x(args.x, 0), cos_table(args.cos, 0), sin_table(args.sin, 0);
-  // A vector may begin at the last channel but one.
+  // The last vector of the second half may begin at the last channel.
   const int64_t length = round_up(head_dim, kLanes) + kLanes;
   const ThreadLease lease(args.num_threads);
 #pragma omp parallel for num_threads(lease.threads) schedule(static)

@@ -59,7 +59,7 @@ FAMILIES = (
         "EVA-02, RoPE-ViT, Perception Encoder",
         "timm",
         "eva02_*, vit_*_rope_*, vit_pe_*",
-        "norms inside a block too; mixed RoPE stays as it is",
+        "norms inside a block too; mixed RoPE and eva02_enormous (post-norm) stay as they are",
     ),
     Family("ViT", "transformers 4.57, 5", "ViTModel, ViTFor*"),
     Family("DeiT", "transformers 4.57, 5", "DeiTModel, DeiTFor*", "distillation token"),
@@ -165,6 +165,7 @@ def _judge_callers(cls: type[nn.Module], adapter: Any, path: str, model: nn.Modu
         given = [d for d in others if isinstance(getattr(caller, d, None), (nn.Module, Tensor))]
         if given:
             return Verdict(reason=f"{name} calls it with {', '.join(given)}")
+        # timm's name for angles that each head has of its own (Heo et al. 2024).
         if rope is not None and getattr(caller, "rope_mixed", False):
             return Verdict(reason=f"{name} calls it with a rotation of its own for each head")
         code = getattr(inspect.unwrap(type(caller).forward), "__code__", None)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fastvit.adapters.parts import (
+    Angles,
     BlockParts,
     Dropout,
     NotServed,
@@ -35,10 +36,11 @@ CLASSIFIERS = {
 }
 
 
-def _read_angles(position_embeddings: Any) -> Any:
+def _read_angles(position_embeddings: Any) -> Angles:
     if not isinstance(position_embeddings, (tuple, list)) or len(position_embeddings) != 2:
         raise NotServed(f"position_embeddings is {type(position_embeddings).__name__}, not cos and sin")
-    return tuple(position_embeddings)
+    cos, sin = position_embeddings
+    return cos, sin
 
 
 ROPE = RopeArgument("position_embeddings", required=True, read=_read_angles, make=lambda angles: angles)
