@@ -3,7 +3,7 @@
 // attention: out = softmax(scale * q k^T + bias) v, per sample and head
 //
 // A task is a block of query rows of one head. K is packed as panels with keys in the lanes, V with
-// head_dim in the lanes, so both products are the micro-kernel of product.h and any head_dim and
+// head_dim in the lanes, so both products are the one micro-kernel, and any head_dim and
 // any number of tokens only change the last panel:
 //
 //   for each chunk of keys                  one chunk for most ViTs; sized for L2

@@ -10,7 +10,7 @@
 //   avx512*       __m512             16      4         64               24 of 32 registers
 //   neon*         float32x4_t        4       4         16               24 of 32 registers
 //
-// amx is avx512 with other products of bf16 and int8: by tiles, of 32 rows (product.h).
+// amx is avx512 with other products of bf16 and int8: by tiles, of 32 rows (micro_kernel.h).
 //
 // +, -, *, / and comparisons are the compiler's own operators on vector types.
 
@@ -417,6 +417,7 @@ struct ProductF32 : FloatAccumulators {
 #if defined(__aarch64__)
   FASTVIT_INLINE Unit broadcast(const float* p) { return load_first(p); }
   FASTVIT_INLINE f32v mac(Unit a, Unit b, f32v c) { return fmadd_first(a, b, c); }
+  FASTVIT_INLINE f32v mac_lanes(Unit a, Unit b, f32v c) { return fmadd(a, b, c); }
 #else
   FASTVIT_INLINE Unit broadcast(const float* p) { return set1(*p); }
   FASTVIT_INLINE f32v mac(Unit a, Unit b, f32v c) { return fmadd(a, b, c); }

@@ -150,6 +150,7 @@ struct ProductBfdot {
   }
   FASTVIT_INLINE Unit broadcast(const bf16* p) { return vreinterpretq_bf16_f32(load_first(p)); }
   FASTVIT_INLINE f32v mac(Unit a, Unit b, f32v c) { return vbfdotq_laneq_f32(c, b, a, 0); }
+  FASTVIT_INLINE f32v mac_lanes(Unit a, Unit b, f32v c) { return vbfdotq_f32(c, a, b); }
 
   // kLanes steps of one row of B, as 32-bit lanes; `n` elements of it exist.
   FASTVIT_INLINE f32v load_steps(const bf16* p, int64_t n) {
@@ -190,6 +191,7 @@ struct ProductOfIntegers {
   FASTVIT_INLINE Unit load_unit(const Element* p) { return vld1q_s8(p); }
   FASTVIT_INLINE Unit broadcast(const Element* p) { return vreinterpretq_s8_f32(load_first(p)); }
   FASTVIT_INLINE i32v mac(Unit a, Unit b, i32v c) { return vdotq_laneq_s32(c, b, a, 0); }
+  FASTVIT_INLINE i32v mac_lanes(Unit a, Unit b, i32v c) { return vdotq_s32(c, a, b); }
 
   FASTVIT_INLINE void store_row(Element* p, i32v v) { store_bytes(p, v); }
   FASTVIT_INLINE f32v load_steps(const int8_t* p, int64_t n) {
@@ -216,6 +218,9 @@ struct ProductOfIntegers {
   FASTVIT_INLINE Unit broadcast(const Element* p) { return vreinterpretq_s16_f32(load_first(p)); }
   FASTVIT_INLINE i32v mac(Unit a, Unit b, i32v c) {
     return vmlal_high_laneq_s16(vmlal_laneq_s16(c, vget_low_s16(b), a, 0), b, a, 1);
+  }
+  FASTVIT_INLINE i32v mac_lanes(Unit a, Unit b, i32v c) {
+    return vmlal_high_s16(vmlal_s16(c, vget_low_s16(a), vget_low_s16(b)), a, b);
   }
 
   FASTVIT_INLINE void store_row(Element* p, i32v v) { store_words(p, v); }

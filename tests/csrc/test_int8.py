@@ -79,7 +79,17 @@ def test_norms_and_activations(isa: str, dtype: torch.dtype, norm: str, activati
 
 
 @pytest.mark.parametrize(
-    "m,n,k", [(1, 1, 64), (1, 588, 37), (197, 37, 588), (5, 64, 16), (577, 72, 72), (13, 192, 4304), (29, 130, 2730)]
+    "m,n,k",
+    [
+        (1, 1, 64),
+        (1, 588, 37),
+        (197, 37, 588),
+        (5, 64, 16),
+        (577, 72, 72),
+        (13, 192, 4304),
+        (23, 192, 4304),
+        (29, 130, 2730),
+    ],
 )
 def test_shapes(isa: str, dtype: torch.dtype, m: int, n: int, k: int) -> None:
     check_norm_linear(m, n, k, dtype)

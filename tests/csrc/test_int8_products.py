@@ -44,6 +44,7 @@ def exact(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         (1, 1, 16),
         (6, 64, 64),
         (7, 65, 48),
+        (19, 65, 48),
         (31, 17, 272),
         (33, 49, 16),
         (38, 130, 176),
@@ -61,8 +62,9 @@ def test_sums_of_several_chunks_of_k_stay_exact(isa: str) -> None:
 
 
 @pytest.mark.parametrize("hidden", [5, 40])
-def test_gated_panels(isa: str, hidden: int) -> None:
-    tensors = operands(39, 2 * hidden, 80)
+@pytest.mark.parametrize("m", [4, 39])
+def test_gated_panels(isa: str, m: int, hidden: int) -> None:
+    tensors = operands(m, 2 * hidden, 80)
     gate, value = exact(*tensors).chunk(2, dim=1)
     actual = product(*tensors, activation="swiglu").double()
     torch.testing.assert_close(actual, torch.nn.functional.silu(gate) * value, rtol=1e-5, atol=1e-5)

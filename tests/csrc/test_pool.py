@@ -39,7 +39,7 @@ def test_modes(isa: str, dtype: torch.dtype, mode: str, norm: str, classes: int)
     check((3, 50, 72), dtype, mode, classes, norm, num_prefix_tokens=5)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 9])
+@pytest.mark.parametrize("batch", [1, 2, 9, 19])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_batches_and_threads(isa: str, dtype: torch.dtype, batch: int, threads: int) -> None:
     check((batch, 17, 100), dtype, "norm_avg", 130, "layer", threads=threads)

@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 # What emulation is for: other instructions.
 INT8 = ("test_int8_products.py",)
 PRODUCTS = (
+    "test_few_rows.py",
     "test_halves.py",
     "test_linear_residual.py",
     "test_norm_linear.py",
