@@ -81,11 +81,19 @@ struct NormRows {
 
   template <class Element>
   void operator()(int64_t row, Element* out) const {
+    prefetch(row + 2);
     if (x.dtype == DType::kF32) {
       norm_row(static_cast<const float*>(x.data) + row * x.ld, k, norm, eps, weight, bias, out);
     } else {
       norm_row(static_cast<const bf16*>(x.data) + row * x.ld, k, norm, eps, weight, bias, out);
     }
+  }
+
+  // Hardware foresees the lines of a page: a row of 768 floats is over before it has begun. Beyond
+  // the last row the instruction does nothing.
+  FASTVIT_INLINE_METHOD void prefetch(int64_t row) const {
+    const TileRows line = x.tile(row * x.ld, k);
+    for (int64_t b = 0; b < line.bytes; b += 64) __builtin_prefetch(line.rows + b, 0, 3);
   }
 };
 

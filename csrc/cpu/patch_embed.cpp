@@ -89,13 +89,13 @@ struct Patches {
   float operator()(int64_t row, Element* out) const {
     switch (image.dtype) {
       case DType::kF32:
-        gather(corner<float>(row), out);
+        gather(corners<float>(row), out);
         break;
       case DType::kBF16:
-        gather(corner<bf16>(row), out);
+        gather(corners<bf16>(row), out);
         break;
       default:
-        const uint8_t* pixels = corner<uint8_t>(row);
+        const Corners<uint8_t> pixels = corners<uint8_t>(row);
         if (is_interleaved(3)) {
           separate<3>(pixels, out);
         } else if (is_interleaved(4)) {
@@ -105,6 +105,21 @@ struct Patches {
         }
     }
     return 1.0f;
+  }
+
+  // Where a patch begins, and one that comes soon. A patch is a few bytes of each of many lines:
+  // no hardware prefetcher foresees it.
+  template <class T>
+  struct Corners {
+    const T *now, *soon;
+
+    void prefetch(int64_t offset) const { __builtin_prefetch(soon + offset, 0, 3); }
+  };
+
+  template <class T>
+  Corners<T> corners(int64_t row) const {
+    constexpr int64_t kAhead = 4;  // lines of 16 bytes: then of the next 64
+    return {corner<T>(row), corner<T>(min(row + kAhead, image.size[0] * count - 1))};
   }
 
   template <class T>
@@ -121,11 +136,12 @@ struct Patches {
 
   // Any strides: channel by channel, line by line.
   template <class T, class Element>
-  void gather(const T* corner, Element* out) const {
+  void gather(const Corners<T>& corner, Element* out) const {
     for (int64_t c = 0; c < image.size[1]; ++c) {
       for (int64_t y = 0; y < p1; ++y, out += p2) {
-        const T* line = corner + c * image.stride[1] + y * image.stride[2];
-        copy_line(line, image.stride[3], c, out);
+        const int64_t offset = c * image.stride[1] + y * image.stride[2];
+        corner.prefetch(offset);
+        copy_line(corner.now + offset, image.stride[3], c, out);
       }
     }
   }
@@ -151,12 +167,14 @@ struct Patches {
 
   // Interleaved bytes: each is read once and goes to its channel's place.
   template <int kStep, class Element>
-  void separate(const uint8_t* corner, Element* out) const {
+  void separate(const Corners<uint8_t>& corner, Element* out) const {
     const int64_t channels = image.size[1], gap = kStep - channels;  // bytes that aren't ours
-    for (int64_t y = 0; y < p1; ++y, corner += image.stride[2], out += p2) {
+    for (int64_t y = 0; y < p1; ++y, out += p2) {
+      const uint8_t* line = corner.now + y * image.stride[2];
+      corner.prefetch(y * image.stride[2]);
       for (int64_t x = 0; x < p2; x += kLanes) {
         const int64_t n = min(kLanes, p2 - x);
-        const Pixels pixels = load_pixels<kStep>(corner + x * kStep, n * kStep - gap);
+        const Pixels pixels = load_pixels<kStep>(line + x * kStep, n * kStep - gap);
         // What a whole vector leaves behind a line is written over with the channel's next ones.
         const int64_t wide = (p1 - y) * p2 - x < kLanes ? n : kLanes;
 #pragma GCC unroll 4
@@ -189,6 +207,10 @@ struct AddPosition {
   }
 
   void operator()(const float* tile, int64_t row, int64_t rows, int64_t col, int64_t cols) const {
+    if (cols == kPanel && pos_embed && pos_embed->dtype == out.dtype) {
+      if (out.dtype == DType::kF32) return whole<float>(tile, row, rows, col);
+      return whole<bf16>(tile, row, rows, col);
+    }
     int64_t sample = row / count, patch = row % count;
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t to = offset(sample, patch) + col;
@@ -198,6 +220,26 @@ struct AddPosition {
           y += Rows(*pos_embed, 0).load_at(patch * pos_embed->stride[0] + col + j, cols - j);
         }
         out.store_at(to + j, y, cols - j);
+      }
+      if (++patch == count) patch = 0, ++sample;
+    }
+  }
+
+  // As `Activate::whole`.
+  template <class T>
+  void whole(const float* tile, int64_t row, int64_t rows, int64_t col) const {
+    f32v b[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) b[j] = load(bias + col + j * kLanes);
+    int64_t sample = row / count, patch = row % count;
+    for (int64_t i = 0; i < rows; ++i, tile += kPanel) {
+      const T* position =
+          static_cast<const T*>(pos_embed->data) + patch * pos_embed->stride[0] + col;
+      T* to = static_cast<T*>(out.data) + offset(sample, patch) + col;
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        const f32v y = load(tile + j * kLanes) + b[j];
+        store(to + j * kLanes, y + load(position + j * kLanes));
       }
       if (++patch == count) patch = 0, ++sample;
     }

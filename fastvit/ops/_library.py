@@ -83,7 +83,7 @@ def register(
     def call(*arguments: Any) -> Any:
         compiling = torch.compiler.is_compiling()
         if not is_transformed():
-            return op(*arguments) if compiling else _call(op, arguments)
+            return op(*arguments) if compiling else _call(op, kernel, arguments)
         if not compiling:  # which can't trace the choice of a backend
             fake(*arguments)  # for its checks
         result = reference(*arguments)
@@ -96,7 +96,10 @@ def register(
 _WRONG_TYPE = re.compile(r"fastvit::\w+\(\) Expected a value of type '(.+?)' for argument '(\w+)' but .+ type '(\w+)'")
 
 
-def _call(op: Any, arguments: tuple[Any, ...]) -> Any:
+def _call(op: Any, kernel: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    if _concerns_nobody_else(arguments):
+        with contextlib.suppress(Exception):  # the dispatcher, which checks types, says what is wrong
+            return kernel(*arguments)
     try:
         return op(*arguments)
     except RuntimeError as error:
@@ -104,6 +107,23 @@ def _call(op: Any, arguments: tuple[Any, ...]) -> Any:
             raise
         accepted, name, given = wrong.groups()
         raise TypeError(f"{name}: {given} is not accepted; give {accepted}") from None
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _concerns_nobody_else(arguments: tuple[Any, ...]) -> bool:
+    """Would the dispatcher, at some ten microseconds, only call the kernel?
+
+    So it is where nothing is differentiated, recorded or traced, for plain tensors on a CPU.
+    """
+    differentiable = torch.is_grad_enabled()
+    for a in arguments:
+        if isinstance(a, Tensor) and not (type(a) in _PLAIN and a.is_cpu and not (differentiable and a.requires_grad)):
+            return False
+    return not (
+        torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() or torch.autograd._profiler_enabled()
+    )
 
 
 def is_transformed() -> bool:

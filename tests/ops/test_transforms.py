@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvit import ops, reference
 from fastvit.nn import Block
@@ -124,3 +125,40 @@ def test_make_fx_of_a_training_step(mode: str) -> None:
     assert {"fastvit.self_attention.default", "fastvit.mlp.default"} <= called
     for mine, expected in zip(graph(parameters, x), step(parameters, x), strict=True):
         assert_close(mine, expected.double())
+
+
+class Watch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_what_watches_sees_each_operator(name: str) -> None:
+    """In inference on a CPU nobody else is concerned, and the dispatcher is left out; but for these."""
+    tensors, options = sample(name, torch.float32)
+
+    def call() -> Tensor:
+        return getattr(ops, name)(**tensors, **options)
+
+    with torch.no_grad():
+        expected = call()
+        with Watch() as watch:
+            assert torch.equal(call(), expected)
+        operator = f"fastvit::{name.removesuffix('_qkvpacked')}"
+        assert any(seen.startswith(operator) for seen in watch.seen)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            assert torch.equal(call(), expected)
+    assert any(event.key.startswith(operator) for event in profile.key_averages())
+
+
+def test_jit_trace_records_the_operator() -> None:
+    x, w = nasty.tokens(2, 5, 24).float(), nasty.weight(16, 24).float()
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: ops.norm_linear(x, w), x)
+        assert "fastvit::norm_linear" in str(traced.graph)
+        assert torch.equal(traced(x * 2), ops.norm_linear(x * 2, w))
