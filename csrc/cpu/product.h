@@ -71,7 +71,7 @@ struct Tasks {
 // How many of m packed rows of A to hold at a time: equal blocks within a share of L3.
 template <class P>
 static int64_t packed_rows(int64_t m, int64_t k) {
-  const int64_t bytes = max(min(cache_sizes().l3 / 2, int64_t{16} << 20), int64_t{2} << 20);
+  const int64_t bytes = intermediate_bytes();
   const int64_t row = packed_ld<P>(k) * static_cast<int64_t>(sizeof(typename P::Element));
   const int64_t most = max(bytes / row, 8 * P::kRows);
   return round_up(ceil_div(m, ceil_div(m, most)), P::kRows);

@@ -110,6 +110,11 @@ const CacheSizes& cache_sizes() {
   return sizes;
 }
 
+int64_t intermediate_bytes() {
+  const int64_t share = cache_sizes().l3 / 4 * 3, most = 24 << 20, least = 2 << 20;
+  return share > most ? most : share < least ? least : share;
+}
+
 ThreadLease::ThreadLease(int requested) : threads(lease(requested)) {}
 
 ThreadLease::~ThreadLease() { leased_now.fetch_sub(threads, std::memory_order_relaxed); }

@@ -21,6 +21,9 @@ struct CacheSizes {
   int64_t l1d, l2, l3;  // bytes; l3 is shared by cores
 };
 const CacheSizes& cache_sizes();
+// How many bytes one product may leave for the next, which should find them in L3. Less means more
+// blocks of rows, and the weights packed once for each.
+int64_t intermediate_bytes();
 
 // The threads of one parallel region, this one included, held while the region may run.
 //

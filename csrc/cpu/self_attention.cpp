@@ -70,7 +70,7 @@ void self_attention(const SelfAttentionArgs& args) {
   const int64_t head_dim = inner / args.num_heads;
 
   const int64_t sample_elements = tokens * 3 * inner + queries * (some ? 2 : 1) * inner;
-  const int64_t budget = cache_sizes().l3 / 2 < (16 << 20) ? cache_sizes().l3 / 2 : 16 << 20;
+  const int64_t budget = intermediate_bytes();
   const int64_t fit = budget / (sample_elements * element_bytes(dtype));
   const int64_t most = fit < 1 ? 1 : fit;
   const int64_t groups = (args.samples + most - 1) / most;

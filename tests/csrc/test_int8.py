@@ -96,7 +96,8 @@ def test_shapes(isa: str, dtype: torch.dtype, m: int, n: int, k: int) -> None:
 
 
 def test_rows_beyond_one_block(isa: str) -> None:
-    check_norm_linear(6_000, 17, 1000, torch.float32)
+    # 27,000 rows of 1,000 bytes do not fit the row buffer.
+    check_norm_linear(27_000, 17, 1000, torch.float32)
 
 
 def test_massive_tokens_and_zeros_change_no_others(isa: str, dtype: torch.dtype) -> None:
