@@ -2,8 +2,8 @@
 
     python -m benchmarks.cpu [--seconds 1] [--quick] [--only attention ...] [--peers compile openvino onnxruntime]
 
-prints a table, and what of the project's goals this run reached, and writes cpu.json, cpu.png and cpu-roofline.png to
-benchmarks/results/<device>/.
+prints a table, and what of the project's goals is reached, and writes cpu.json, cpu.png and cpu-roofline.png to
+benchmarks/results/<device>/.  With --only, the other benchmarks' rows stay, if versions and CPU are those of cpu.json.
 """
 
 from __future__ import annotations
@@ -119,10 +119,22 @@ def progress(text: str) -> None:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def save(rows: list[Row], environment: dict[str, Any], path: Path) -> None:
-    """What figures depend on, without the paths of one machine."""
-    about = {key: environment[key] for key in ("versions", "cpu")}
+def save(rows: list[Row], about: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps({"environment": about, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+
+
+def kept(only: list[str] | None, about: dict[str, Any], path: Path) -> list[Row]:
+    """The rows of an earlier run that this one leaves as they are."""
+    if only is None or not path.exists():
+        return []
+    earlier = json.loads(path.read_text())
+    if earlier["environment"] != json.loads(json.dumps(about)):
+        return []
+    return [Row(**row) for row in earlier["rows"] if row["operator"] not in only]
+
+
+def in_order(rows: list[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: list(BENCHMARKS).index(row.operator))
 
 
 def main() -> int:
@@ -147,7 +159,9 @@ def main() -> int:
     name = re.sub(r"[^a-z0-9]+", "-", f"{cpu['name']} {cpu['isa'] or 'plain'}".lower()).strip("-")
     folder: Path = arguments.output or RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
+    # What figures depend on, without the paths of one machine.
+    about = {key: environment[key] for key in ("versions", "cpu")}
+    rows = kept(arguments.only, about, folder / "cpu.json")
     plan = list(steps(arguments.only, arguments.quick))
     for i, step in enumerate(plan):
         progress(f"[{i + 1}/{len(plan)}] {step}: building")
@@ -158,8 +172,9 @@ def main() -> int:
         progress("")
         print(line(rows[-1]), flush=True)
         # After every case: a run may be cut short.
-        save(rows, environment, folder / "cpu.json")
+        save(in_order(rows), about, folder / "cpu.json")
 
+    rows = in_order(rows)
     bars(rows, folder / "cpu.png", machine)
     roofline(rows, folder / "cpu-roofline.png", machine)
     print(f"written: {', '.join(str(folder / name) for name in ('cpu.json', 'cpu.png', 'cpu-roofline.png'))}\n")

@@ -246,6 +246,20 @@ def test_the_runner_writes_its_records(monkeypatch, tmp_path, capsys):
     assert output.count(" % of ") == 6
     assert output.count("attention over SDPA's fastest layout") == 2
 
+    # One benchmark again, of the same machine: the other's rows stay.
+    monkeypatch.setattr(sys, "argv", ["cpu", "--only", "attention", "--seconds", "0.002", "--output", str(tmp_path)])
+    assert cpu.main() == 0
+    again = json.loads((tmp_path / "cpu.json").read_text())
+    assert [(r["operator"], r["dtype"]) for r in again["rows"]] == [(r["operator"], r["dtype"]) for r in record["rows"]]
+    same = [a == b for a, b in zip(again["rows"], record["rows"], strict=True)]
+    assert same == [r["operator"] == "pool" for r in record["rows"]]
+
+    again["environment"]["versions"]["torch"] = "another"
+    (tmp_path / "cpu.json").write_text(json.dumps(again))
+    assert cpu.main() == 0
+    rows = json.loads((tmp_path / "cpu.json").read_text())["rows"]
+    assert {r["operator"] for r in rows} == {"attention"}
+
 
 def test_peers_are_measured_or_left_out_with_a_line(monkeypatch, tmp_path, capsys):
     pytest.importorskip("timm")
@@ -276,7 +290,7 @@ def test_a_peer_that_is_not_installed_says_so(monkeypatch, peer):
     assert peers.missing("compile") is None
 
 
-@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("name", [pytest.param("compile", marks=pytest.mark.slow), "openvino", "onnxruntime"])
 def test_a_peer_computes_the_same(name):
     if reason := peers.missing(name):
         pytest.skip(reason)
