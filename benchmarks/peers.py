@@ -43,7 +43,7 @@ def fastest(calls: Iterable[Configured], image: Tensor) -> Configured:
 def compiled(model: nn.Module, image: Tensor) -> Configured:
     """torch.compile with frozen weights.
 
-    Shapes that it takes for static go to MKL in float32, which is half as fast as oneDNN on CPUs of other makers.
+    In float32 it gives static shapes to MKL, which on AMD's CPUs is half as fast as oneDNN.
     """
     torch._dynamo.reset()  # or the models before this one count as recompilations, of which there is a limit
     return fastest([_compiled(model, image, dynamic) for dynamic in (False, True)], image)

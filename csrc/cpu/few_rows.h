@@ -25,7 +25,7 @@ template <class P>
 class FewRows {
  public:
   // Up to how many rows it is the faster product (measured on Zen 5, weights in L3 and in memory:
-  // 5 to 2 times as fast with one row, 1.1 to 1.4 times with 16, even from 24 to 32 on).
+  // 2 to 5 times as fast with one row, 1.1 to 1.5 times with 16, even from 24 to 32 on).
   static constexpr int64_t kMost = 16;
 
   template <class Source, class Epilogue>
