@@ -109,17 +109,14 @@ bool cuda_compiled() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastvit's compiled kernels. Use fastvit.ops, which checks arguments.";
 
-  py::class_<View>(m, "View", py::module_local(),
-                   "A strided array owned by the caller; strides count elements.");
-  m.def("view", &view_of, py::arg("tensor"), "A torch tensor as a View.");
-  m.def("fingerprint", &fingerprint, py::arg("view"),
-        "A hash of some elements of a contiguous array, which most changes change.");
+  m.def("fingerprint", &fingerprint, py::arg("tensor"),
+        "A hash of a tensor's memory, layout and some elements, which most changes change.");
   bind_prepared(m);
 
   m.def("patch_embed", &calls::patch_embed, Release(), py::arg("out"), py::arg("image"),
-        py::arg("weight"), py::arg("weight_scale"), py::arg("bias"), py::arg("pos_embed"),
-        py::arg("prefix"), py::arg("channel_scale"), py::arg("channel_shift"), py::arg("compute"),
-        py::arg("num_threads"));
+        py::arg("weight"), py::arg("weight_scale"), py::arg("weight_shift"), py::arg("bias"),
+        py::arg("pos_embed"), py::arg("prefix"), py::arg("channel_scale"), py::arg("channel_shift"),
+        py::arg("compute"), py::arg("num_threads"));
   m.def("norm_linear", &calls::norm_linear, Release(), py::arg("out"), py::arg("x"),
         py::arg("weight"), py::arg("weight_scale"), py::arg("bias"), py::arg("norm_weight"),
         py::arg("norm_bias"), py::arg("norm"), py::arg("eps"), py::arg("activation"),

@@ -5,11 +5,11 @@
 namespace fastvit::calls {
 
 void patch_embed(const View& out, const View& image, const View& weight, const View* weight_scale,
-                 const View* bias, const View* pos_embed, const View* prefix,
-                 const View* channel_scale, const View* channel_shift, int compute,
-                 int num_threads) {
-  cpu::kernels().patch_embed({out, image, weight, weight_scale, bias, pos_embed, prefix,
-                              channel_scale, channel_shift, static_cast<Compute>(compute),
+                 const View* weight_shift, const View* bias, const View* pos_embed,
+                 const View* prefix, const View* channel_scale, const View* channel_shift,
+                 int compute, int num_threads) {
+  cpu::kernels().patch_embed({out, image, weight, weight_scale, weight_shift, bias, pos_embed,
+                              prefix, channel_scale, channel_shift, static_cast<Compute>(compute),
                               num_threads});
 }
 

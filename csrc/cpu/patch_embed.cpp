@@ -286,7 +286,9 @@ void run(const PatchEmbedArgs& args) {
   const float* bias = vectors.take(args.bias, 0, n, 0.0f);
   if (args.weight.dtype == DType::kI8) {
     const float* weight_scale = vectors.take_scale(args.weight_scale, n);
-    return embed<ProductI8>(args, CentredBytes<ProductI8>{}, weight_scale, bias);
+    float* shift = vectors.take(args.weight_shift, 0, n, 0.0f);
+    for (int64_t i = 0; i < n; i += kLanes) store(shift + i, load(shift + i) + load(bias + i));
+    return embed<ProductI8>(args, CentredBytes<ProductI8>{}, weight_scale, shift);
   }
   const float* scale = vectors.take(args.channel_scale, 0, channels, 1.0f);
   const float* shift = vectors.take(args.channel_shift, 0, channels, 0.0f);

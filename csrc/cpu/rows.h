@@ -65,7 +65,7 @@ class Vectors {
             scratch(Slot::kVectors, count * round_up(longest, kLanes) * sizeof(float)))) {}
 
   // Elements first .. first + n of the view; `absent` everywhere when there is no view.
-  const float* take(const View* view, int64_t first, int64_t n, float absent) {
+  float* take(const View* view, int64_t first, int64_t n, float absent) {
     float* out = room(n);
     for (int64_t i = 0; i < n; i += kLanes) {
       store(out + i, view ? Rows(*view, 0).load_at(first + i, n - i) : set1(absent));

@@ -54,6 +54,7 @@ struct PatchEmbedArgs {
   View image;   // (B, C, H, W), any strides, f32 | bf16 | u8
   View weight;  // (D, C, P1, P2) contiguous; int8 for u8 images, whose bytes it sees less 128
   const View* weight_scale;  // (D) f32, of an int8 weight
+  const View* weight_shift;  // the same, added to the bias
   const View* bias;
   const View* pos_embed;      // (N, D)
   const View* prefix;         // (R, D)

@@ -1,12 +1,12 @@
-// The Python face of csrc/cuda: bindings.cpp calls bind() under FASTVIT_WITH_CUDA, once it has
-// registered View.
+// The Python face of csrc/cuda: bindings.cpp calls bind() under FASTVIT_WITH_CUDA.
 //
-// Views are of two-dimensional arrays with unit last stride (vectors: contiguous) on the current
-// device; dtype codes are the CPU's, and 3 for f16; `stream` is torch.cuda.Stream.cuda_stream.
+// Tensors have two dimensions and unit last stride (vectors: contiguous), are of f32, bf16 or f16,
+// and lie on the current device; `stream` is torch.cuda.Stream.cuda_stream.
 
 #include <pybind11/pybind11.h>
 
 #include "cuda/kernels.h"
+#include "tensor.h"
 
 namespace py = pybind11;
 

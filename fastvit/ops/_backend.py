@@ -127,11 +127,6 @@ def code(dtype: torch.dtype) -> int:
     return _DTYPE_CODES[dtype]
 
 
-def view(t: Tensor | None) -> Any:
-    """`t` as the extension sees it: pointer, dtype, sizes, strides in elements.  None stays None."""
-    return None if t is None else extension().view(t)  # type: ignore[union-attr]
-
-
 def contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 

@@ -51,22 +51,17 @@ def patch_operand(
 
 def _form(weight: Tensor, make: Callable[[Tensor], tuple[Tensor, ...]], *settings: object) -> tuple[Tensor, ...]:
     """What `make` makes of a contiguous `weight`, kept as long as nothing of it and no setting changes."""
-    dense = weight.detach().contiguous()
     if not keeps():
-        return make(dense)
+        return make(weight.detach().contiguous())
     stamp = (
         settings,
-        weight.data_ptr(),
-        weight.shape,
-        weight.stride(),
-        weight.dtype,
         None if weight.is_inference() else weight._version,
-        _backend.extension().fingerprint(_backend.view(dense)),  # type: ignore[union-attr]
+        _backend.extension().fingerprint(weight),  # type: ignore[union-attr]
     )
     entry = _entries.get(weight)
     if entry is None or entry.stamp != stamp:
         # The stamp is older than the values: a change in between is found at the next call.
-        entry = _entries[weight] = _Entry(stamp, make(dense))
+        entry = _entries[weight] = _Entry(stamp, make(weight.detach().contiguous()))
     return entry.form
 
 
@@ -88,10 +83,7 @@ def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
         values = torch.empty(rows, rotation(k)[1], dtype=torch.int8)
         scale = torch.empty(rows)
-    view = _backend.view
-    _backend.extension().quantize_rows(  # type: ignore[union-attr]
-        view(values), view(scale), view(weight), torch.get_num_threads()
-    )
+    _backend.extension().quantize_rows(values, scale, weight, torch.get_num_threads())  # type: ignore[union-attr]
     return values, scale
 
 

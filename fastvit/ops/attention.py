@@ -364,11 +364,10 @@ def _kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
     rope = a.rope()
     if backend == "cpp":
         q, k = (t if rope is None else _rotated(t, rope, a.rope_interleaved, out.dtype) for t in (a.q, a.k))
-        tensors = [_backend.unit_stride(t) for t in (q, k, a.v)]
         _backend.extension().attention(  # type: ignore[union-attr]
-            _backend.view(out.unflatten(-1, a.q.shape[2:])),
-            *map(_backend.view, tensors),
-            _backend.view(None if a.bias is None else a.bias.expand(a.logits())),
+            out.unflatten(-1, a.q.shape[2:]),
+            *map(_backend.unit_stride, (q, k, a.v)),
+            None if a.bias is None else a.bias.expand(a.logits()),
             a.scale,
             _backend.code(out.dtype),
             torch.get_num_threads(),
@@ -388,9 +387,8 @@ def _kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _rotated(x: Tensor, rope: tuple[Tensor, Tensor], interleaved: bool, dtype: torch.dtype) -> Tensor:
     """A rotated copy of x in the dtype that products run in."""
     x = torch.empty(x.shape, dtype=dtype).copy_(x)
-    tables = [_backend.unit_stride(t) for t in rope]
-    views = map(_backend.view, (x, *tables))
-    _backend.extension().rotate(*views, interleaved, torch.get_num_threads())  # type: ignore[union-attr]
+    tables = map(_backend.unit_stride, rope)
+    _backend.extension().rotate(x, *tables, interleaved, torch.get_num_threads())  # type: ignore[union-attr]
     return x
 
 

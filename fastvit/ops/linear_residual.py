@@ -104,16 +104,17 @@ def kernel(
     compute = dtype or x.dtype
     backend = _backend.choose(x, compute, weight, bias, residual, layer_scale, drop_path)
     if backend == "cpp":
-        view, contiguous, rows = _backend.view, _backend.contiguous, _backend.rows
-        # Named, so that a contiguous copy lives until the call returns.
-        weights = _int8.operand(weight, quantize)
-        tensors = [rows(x), *weights, contiguous(bias), rows(residual), contiguous(layer_scale)]
+        contiguous, rows = _backend.contiguous, _backend.rows
         factors = None if drop_path is None else drop_path.float().contiguous()
         out_rows = rows(out)
         _backend.extension().linear_residual(  # type: ignore[union-attr]
-            view(out_rows),
-            *map(view, tensors),
-            view(factors),
+            out_rows,
+            rows(x),
+            *_int8.operand(weight, quantize),
+            contiguous(bias),
+            rows(residual),
+            contiguous(layer_scale),
+            factors,
             out_rows.shape[0] // residual.shape[0],
             _backend.code(compute),
             torch.get_num_threads(),

@@ -163,21 +163,22 @@ def _kernel(*arguments: Any) -> Tensor:
         hidden = norm_linear_kernel(a.x, a.fc1_weight, a.fc1_bias, *starts)
         ends = (a.x, a.layer_scale, a.drop_path, a.dtype, a.quantize_fc2)
         return linear_residual_kernel(hidden, a.fc2_weight, a.fc2_bias, *ends)
-    view, contiguous = _backend.view, _backend.contiguous
-    # Named, so that a contiguous copy lives until the call returns.
-    rows, out_rows, layer_scale = _backend.rows(a.x), _backend.rows(out), contiguous(a.layer_scale)
-    fc1, fc2 = _int8.operand(a.fc1_weight, a.quantize_fc1), _int8.operand(a.fc2_weight, a.quantize_fc2)
-    fc1_bias, fc2_bias, *norm = map(contiguous, (a.fc1_bias, a.fc2_bias, a.norm_weight, a.norm_bias))
+    contiguous, out_rows = _backend.contiguous, _backend.rows(out)
     factors = None if a.drop_path is None else a.drop_path.float().contiguous()
     _backend.extension().mlp(  # type: ignore[union-attr]
-        view(out_rows),
-        view(rows),
-        *map(view, (*fc1, fc1_bias, *fc2, fc2_bias, *norm)),
+        out_rows,
+        _backend.rows(a.x),
+        *_int8.operand(a.fc1_weight, a.quantize_fc1),
+        contiguous(a.fc1_bias),
+        *_int8.operand(a.fc2_weight, a.quantize_fc2),
+        contiguous(a.fc2_bias),
+        contiguous(a.norm_weight),
+        contiguous(a.norm_bias),
         _checks.NORMS.index(a.norm),
         a.eps,
         _checks.ACTIVATIONS.index(a.activation),
-        view(layer_scale),
-        view(factors),
+        contiguous(a.layer_scale),
+        factors,
         out_rows.shape[0] // a.x.shape[0],
         _backend.code(compute),
         torch.get_num_threads(),

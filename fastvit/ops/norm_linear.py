@@ -117,13 +117,11 @@ def kernel(
         return out
     backend = _backend.choose(x, out.dtype, weight, bias, norm_weight, norm_bias)
     if backend == "cpp":
-        view, contiguous = _backend.view, _backend.contiguous
-        # Named, so that a contiguous copy lives until the call returns.
-        vectors = map(contiguous, (bias, norm_weight, norm_bias))
-        tensors = [_backend.rows(x), *_int8.operand(weight, quantize), *vectors]
         _backend.extension().norm_linear(  # type: ignore[union-attr]
-            view(_backend.rows(out)),
-            *map(view, tensors),
+            _backend.rows(out),
+            _backend.rows(x),
+            *_int8.operand(weight, quantize),
+            *map(_backend.contiguous, (bias, norm_weight, norm_bias)),
             _checks.NORMS.index(norm),
             eps,
             _checks.ACTIVATIONS.index(activation),

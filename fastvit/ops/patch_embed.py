@@ -117,7 +117,8 @@ def _output(
         raise ValueError(f"quantize: {quantize!r} takes no image of {image.dtype}; accepted: None, or uint8 pixels")
     _checks.ndim("image", image, 4, "(B, C, H, W)" if layout == "NCHW" else "(B, H, W, C)")
     _checks.ndim("weight", weight, 4, "(D, C, P1, P2)")
-    batch, channels, height, width = _channels_first(image, layout).shape
+    batch, *sizes = image.shape
+    channels, height, width = sizes if layout == "NCHW" else (sizes[2], *sizes[:2])
     dim, weight_channels, patch_h, patch_w = weight.shape
     if channels != weight_channels:
         other = "NHWC" if layout == "NCHW" else "NCHW"
@@ -171,15 +172,17 @@ def _kernel(
     if backend == "cpp":
         image = _channels_first(image, layout)
         affine = _channel_affine(image, mean, std) if quantize is None else (None, None)
-        weight_scale = None
+        weight_scale = weight_shift = None
         if quantize is not None:
-            weight, weight_scale, shift = _int8.patch_operand(weight, mean, std)
-            bias = shift if bias is None else shift + bias
-        others = map(_backend.contiguous, (bias, pos_embed, prefix))
-        tensors = [image, weight.contiguous(), weight_scale, *others, *affine]
+            weight, weight_scale, weight_shift = _int8.patch_operand(weight, mean, std)
         _backend.extension().patch_embed(  # type: ignore[union-attr]
-            _backend.view(out),
-            *map(_backend.view, tensors),
+            out,
+            image,
+            weight.contiguous(),
+            weight_scale,
+            weight_shift,
+            *map(_backend.contiguous, (bias, pos_embed, prefix)),
+            *affine,
             _backend.code(out.dtype),
             torch.get_num_threads(),
         )

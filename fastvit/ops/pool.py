@@ -117,21 +117,18 @@ def _kernel(
         return out
     backend = _backend.choose(x, out.dtype, norm_weight, norm_bias, weight, bias)
     if backend == "cpp":
-        view, contiguous = _backend.view, _backend.contiguous
-        # Named, so that a contiguous copy lives until the call returns.
-        x = x if x.stride(-1) == 1 else x.contiguous()
-        norm_weight, norm_bias, weight, bias = map(contiguous, (norm_weight, norm_bias, weight, bias))
+        contiguous = _backend.contiguous
         _backend.extension().pool(  # type: ignore[union-attr]
-            view(out),
-            view(x),
+            out,
+            x if x.stride(-1) == 1 else x.contiguous(),
             _checks.POOL_MODES.index(mode),
             num_prefix_tokens,
             _checks.NORMS.index(norm),
-            view(norm_weight),
-            view(norm_bias),
+            contiguous(norm_weight),
+            contiguous(norm_bias),
             eps,
-            view(weight),
-            view(bias),
+            contiguous(weight),
+            contiguous(bias),
             _backend.code(out.dtype),
             torch.get_num_threads(),
         )

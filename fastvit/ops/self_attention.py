@@ -230,33 +230,30 @@ def _kernel(*arguments: Any) -> Tensor:
     scratch = 4 * a.x.shape[1] * a.proj_weight.shape[1] * compute.itemsize
     if backend != "cpp" or scratch > MOST_SCRATCH:
         return _composed(a)
-    view, contiguous = _backend.view, _backend.contiguous
-    # Named, so that a contiguous copy lives until the call returns.
-    rows, out_rows = _backend.rows(a.x), _backend.rows(out)
+    contiguous = _backend.contiguous
     weights: list[Tensor | None] = []
     for _, weight, weight_bias in a.projections():
         weights += [*_int8.operand(weight, a.quantize_qkv), contiguous(weight_bias)]
     weights += [None] * (9 - len(weights))
     weights += [*_int8.operand(a.proj_weight, a.quantize_proj), contiguous(a.proj_bias)]
-    vectors = [contiguous(t) for t in (a.norm_weight, a.norm_bias, a.layer_scale)]
     tables = [None if t is None else _backend.unit_stride(t) for t in (a.rope_cos, a.rope_sin)]
     factors = None if a.drop_path is None else a.drop_path.float().contiguous()
     batch, tokens, _ = a.x.shape
     bias = None if a.bias is None else a.bias.expand(batch, a.num_heads, tokens, tokens)
     _backend.extension().self_attention(  # type: ignore[union-attr]
-        view(out_rows),
-        view(rows),
-        *map(view, weights),
-        view(vectors[0]),
-        view(vectors[1]),
+        _backend.rows(out),
+        _backend.rows(a.x),
+        *weights,
+        contiguous(a.norm_weight),
+        contiguous(a.norm_bias),
         _checks.NORMS.index(a.norm),
         a.eps,
-        view(bias),
+        bias,
         a.scale,
-        *map(view, tables),
+        *tables,
         a.rope_interleaved,
-        view(vectors[2]),
-        view(factors),
+        contiguous(a.layer_scale),
+        factors,
         batch,
         a.num_heads,
         _backend.code(compute),

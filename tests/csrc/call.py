@@ -1,4 +1,4 @@
-"""Calls of fastvit._C with tensors: views in, a fresh output (filled with NaN) out.
+"""Calls of fastvit._C with a fresh output, filled with NaN.
 
 `kernels` is fastvit._C itself, or a driver of an emulated machine: the fixture `isa` chooses.
 """
@@ -35,12 +35,8 @@ def quantized(x: Tensor, threads: int = 2) -> tuple[Tensor, Tensor]:
     """(rotated int8 rows, scales) of (M, K)."""
     values = torch.full((x.shape[0], rotation(x.shape[1])[1]), 99, dtype=torch.int8)
     scale = blank(x.shape[0], dtype=torch.float32)
-    kernels.quantize_rows(view(values), view(scale), view(x), threads)
+    kernels.quantize_rows(values, scale, x, threads)
     return values, scale
-
-
-def view(t: Tensor | None) -> Any:
-    return None if t is None else kernels.view(t)
 
 
 def compute_code(dtype: torch.dtype) -> int:
@@ -68,9 +64,9 @@ def norm_linear(
     rows = operand(weight)[0].shape[0]
     width = rows // 2 if activation == "swiglu" else rows
     out = blank(x.shape[0], width, dtype=out_dtype or compute)
-    tensors = map(view, (*operand(weight), bias, norm_weight, norm_bias))
+    tensors = (*operand(weight), bias, norm_weight, norm_bias)
     codes = (NORMS.index(norm), eps, ACTIVATIONS.index(activation), compute_code(compute), threads)
-    kernels.norm_linear(view(out), view(x), *tensors, *codes)
+    kernels.norm_linear(out, x, *tensors, *codes)
     return out
 
 
@@ -88,8 +84,8 @@ def linear_residual(
     threads: int = 2,
 ) -> Tensor:
     out = blank(*residual.shape, dtype=residual.dtype) if out is None else out
-    views = map(view, (out, x, *operand(weight), bias, residual, layer_scale, row_scale))
-    kernels.linear_residual(*views, rows_per_sample, compute_code(compute), threads)
+    tensors = (out, x, *operand(weight), bias, residual, layer_scale, row_scale)
+    kernels.linear_residual(*tensors, rows_per_sample, compute_code(compute), threads)
     return out
 
 
@@ -110,9 +106,9 @@ def mlp(
     threads: int = 2,
 ) -> Tensor:
     out = blank(*x.shape, dtype=x.dtype)
-    views = map(view, (out, x, *operand(weight1), bias1, *operand(weight2), bias2, norm_weight, norm_bias))
+    tensors = (out, x, *operand(weight1), bias1, *operand(weight2), bias2, norm_weight, norm_bias)
     codes = (NORMS.index("layer"), 1e-6, ACTIVATIONS.index(activation))
-    kernels.mlp(*views, *codes, view(layer_scale), view(row_scale), rows_per_sample, compute_code(compute), threads)
+    kernels.mlp(*tensors, *codes, layer_scale, row_scale, rows_per_sample, compute_code(compute), threads)
     return out
 
 
@@ -136,18 +132,18 @@ def self_attention(
 ) -> Tensor:
     out = blank(*x.shape, dtype=x.dtype)
     qkv = [t for weight, bias in projections for t in (*operand(weight), bias)] + [None] * (9 - 3 * len(projections))
-    views = map(view, (out, x, *qkv, *operand(proj_weight), proj_bias, norm_weight, norm_bias))
+    tensors = (out, x, *qkv, *operand(proj_weight), proj_bias, norm_weight, norm_bias)
     inner = operand(projections[0][0])[0].shape[0] * len(projections) // 3
     scale = (inner // num_heads) ** -0.5
-    turns = (*map(view, rope), int(interleaved))
-    ends = (view(attn_bias), scale, *turns, view(layer_scale), view(row_scale), samples, num_heads)
-    kernels.self_attention(*views, NORMS.index("layer"), 1e-6, *ends, compute_code(compute), threads)
+    turns = (*rope, int(interleaved))
+    ends = (attn_bias, scale, *turns, layer_scale, row_scale, samples, num_heads)
+    kernels.self_attention(*tensors, NORMS.index("layer"), 1e-6, *ends, compute_code(compute), threads)
     return out
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, threads: int = 2) -> None:
     """In place."""
-    kernels.rotate(view(x), view(cos), view(sin), int(interleaved), threads)
+    kernels.rotate(x, cos, sin, int(interleaved), threads)
 
 
 def attention(
@@ -163,7 +159,7 @@ def attention(
 ) -> Tensor:
     out = blank(*q.shape, dtype=out_dtype or compute)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    kernels.attention(view(out), view(q), view(k), view(v), view(bias), scale, compute_code(compute), threads)
+    kernels.attention(out, q, k, v, bias, scale, compute_code(compute), threads)
     return out
 
 
@@ -177,6 +173,7 @@ def patch_embed(
     channel_scale: Tensor | None = None,
     channel_shift: Tensor | None = None,
     weight_scale: Tensor | None = None,
+    weight_shift: Tensor | None = None,
     compute: torch.dtype = torch.float32,
     out_dtype: torch.dtype | None = None,
     threads: int = 2,
@@ -184,8 +181,9 @@ def patch_embed(
     patches = (image.shape[2] // weight.shape[2]) * (image.shape[3] // weight.shape[3])
     rows = patches + (0 if prefix is None else prefix.shape[0])
     out = blank(image.shape[0], rows, weight.shape[0], dtype=out_dtype or compute)
-    views = map(view, (out, image, weight, weight_scale, bias, pos_embed, prefix, channel_scale, channel_shift))
-    kernels.patch_embed(*views, compute_code(compute), threads)
+    of_weight = (weight_scale, weight_shift)
+    tensors = (out, image, weight, *of_weight, bias, pos_embed, prefix, channel_scale, channel_shift)
+    kernels.patch_embed(*tensors, compute_code(compute), threads)
     return out
 
 
@@ -207,6 +205,6 @@ def pool(
     width = x.shape[-1] if weight is None else weight.shape[0]
     out = blank(x.shape[0], width, dtype=out_dtype or compute)
     codes = (MODES.index(mode), num_prefix_tokens, NORMS.index(norm))
-    vectors = (view(norm_weight), view(norm_bias), eps, view(weight), view(bias))
-    kernels.pool(view(out), view(x), *codes, *vectors, compute_code(compute), threads)
+    vectors = (norm_weight, norm_bias, eps, weight, bias)
+    kernels.pool(out, x, *codes, *vectors, compute_code(compute), threads)
     return out

@@ -15,7 +15,7 @@ ROUNDING = 4 * 2.0**-24
 
 def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     values, scale = torch.full(x.shape, 99, dtype=torch.int8), call.blank(x.shape[0], dtype=torch.float32)
-    call.kernels.quantize_rows(call.view(values), call.view(scale), call.view(x), 1)
+    call.kernels.quantize_rows(values, scale, x, 1)
     return values, scale
 
 
@@ -29,7 +29,7 @@ def operands(m: int, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
 def product(x: Tensor, weight: Tensor, scale: Tensor, activation: str = "none", threads: int = 1) -> Tensor:
     out = call.blank(x.shape[0], weight.shape[0] // (2 if activation == "swiglu" else 1), dtype=torch.float32)
     codes = (call.NORMS.index("none"), 1e-6, call.ACTIVATIONS.index(activation), call.compute_code(x.dtype), threads)
-    call.kernels.norm_linear(*map(call.view, (out, x, weight, scale, None, None, None)), *codes)
+    call.kernels.norm_linear(out, x, weight, scale, None, None, None, *codes)
     return out
 
 

@@ -80,11 +80,12 @@ def test_bytes_as_integers(isa: str, dtype: torch.dtype, channels: int, step: in
     x = torch.randint(0, 256, shape, generator=nasty.generator(), dtype=torch.uint8)
     x = x[..., :channels].permute(0, 3, 1, 2) if step else x
     w = torch.randint(-127, 128, (72, channels, *patch), generator=nasty.generator(1), dtype=torch.int8)
-    scale, b, pos, prefix = plain.cast(
-        torch.float32, nasty.vector(72, 7), nasty.vector(72), nasty.tokens(10, 72), nasty.tokens(2, 72)
+    scale, shift, b, pos, prefix = plain.cast(
+        torch.float32, *(nasty.vector(72, seed) for seed in (7, 8, 0)), nasty.tokens(10, 72), nasty.tokens(2, 72)
     )
-    actual = call.patch_embed(x, w, b, pos_embed=pos, prefix=prefix, weight_scale=scale, compute=dtype)
-    wide = F.conv2d(x.double() - 128, w.double(), stride=patch).flatten(2).transpose(1, 2) * scale + b + pos
+    of_weight = {"weight_scale": scale, "weight_shift": shift}
+    actual = call.patch_embed(x, w, b, pos_embed=pos, prefix=prefix, **of_weight, compute=dtype)
+    wide = F.conv2d(x.double() - 128, w.double(), stride=patch).flatten(2).transpose(1, 2) * scale + shift + b + pos
     truth = torch.cat([prefix.double().expand(2, -1, -1), wide], dim=1)
     assert_close(actual, truth, eager=truth.to(dtype))
 

@@ -210,10 +210,40 @@ def test_python_threads_that_end_leave_nothing() -> None:
     assert resident() - memory < 100 << 20
 
 
-def test_views_of_what_no_kernel_takes():
+def test_arguments_that_no_kernel_takes():
     with pytest.raises(ValueError, match=r"dtype torch.float64 is not accepted; accepted: float32, bfloat16"):
-        _C.view(torch.zeros(2, dtype=torch.float64))
+        _C.fingerprint(torch.zeros(2, dtype=torch.float64))
     with pytest.raises(ValueError, match="at most 6 dimensions"):
-        _C.view(torch.zeros(1, 1, 1, 1, 1, 1, 1))
+        _C.fingerprint(torch.zeros(1, 1, 1, 1, 1, 1, 1))
     with pytest.raises(AttributeError):
-        _C.view("x")
+        _C.fingerprint("x")
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _C.fingerprint(None)
+
+
+class _Hidden(torch.Tensor):
+    """Read by Python's attributes, not by DLPack."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int8])
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        lambda t: t,
+        lambda t: t[1:, ::2],
+        lambda t: t.T,
+        lambda t: t[:1].expand(3, -1),
+        lambda t: t[:, 2:3],
+        lambda t: t.as_strided((1, 4, 1), (99, 5, 77)),
+        lambda t: t[:0],
+        lambda t: t[1, 1],
+    ],
+)
+def test_tensors_are_read_alike_both_ways(dtype: torch.dtype, arrange: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    t = arrange(torch.arange(24).reshape(4, 6).to(dtype))
+    read = _C.fingerprint(t)
+    assert read == _C.fingerprint(t.as_subclass(_Hidden))
+    if t.is_floating_point():
+        assert read == _C.fingerprint(torch.nn.Parameter(t))
+    if t.numel():
+        assert read != _C.fingerprint(t.clone())

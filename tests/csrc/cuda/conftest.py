@@ -11,11 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).parents[3]
 CSRC = ROOT / "csrc"
@@ -23,16 +21,10 @@ CSRC = ROOT / "csrc"
 
 @dataclass
 class Kernels:
-    """The bound functions, and how a tensor reaches them."""
+    """The bound functions, and where their tensors are."""
 
     module: ModuleType
     device: str
-
-    def view(self, t: Tensor | None) -> Any:
-        if t is None:
-            return None
-        assert t.device.type == self.device
-        return self.module.view(t)
 
     @property
     def stream(self) -> int:

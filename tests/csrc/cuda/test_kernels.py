@@ -23,7 +23,7 @@ def ids(dtype: torch.dtype) -> str:
 def norm(kernels: Kernels, x: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor, kind: int = 1) -> Tensor:
     mean = torch.full((x.shape[0],), torch.nan, device=x.device)
     rstd = mean.clone()
-    args = [kernels.view(t) for t in (out, x, weight, bias, mean, rstd)]
+    args = (out, x, weight, bias, mean, rstd)
     kernels.module.cuda_norm(*args, kind, 1e-6, kernels.stream)
     wide = x.double()
     true_mean = wide.mean(-1) * (kind == 1)
@@ -77,7 +77,7 @@ def test_bias_act(kernels: Kernels, activation: str, width: int, dtype: torch.dt
     x = (3.0 * torch.randn(50, wide)).to(dtype).to(kernels.device)
     bias = nasty.vector(wide).to(dtype).to(kernels.device)
     out = torch.empty(50, width, dtype=dtype, device=x.device)
-    args = [kernels.view(t) for t in (out, x, bias)]
+    args = (out, x, bias)
     kernels.module.cuda_bias_act(*args, ACTIVATIONS.index(activation), kernels.stream)
     truth = gated_or_plain(x.double() + bias.double(), activation)
     assert_close(out, truth, eager=gated_or_plain(x.float() + bias.float(), activation).to(dtype))
@@ -102,9 +102,7 @@ def test_bias_act_in_place_without_bias(kernels: Kernels, activation: str) -> No
     x = torch.randn(9, 64, device=kernels.device)
     truth = gated_or_plain(x.double(), activation)
     out = x[:, : truth.shape[1]]
-    kernels.module.cuda_bias_act(
-        kernels.view(out), kernels.view(x), None, ACTIVATIONS.index(activation), kernels.stream
-    )
+    kernels.module.cuda_bias_act(out, x, None, ACTIVATIONS.index(activation), kernels.stream)
     assert_close(out, truth)
 
 
@@ -114,10 +112,10 @@ def test_activations_at_the_ends(kernels: Kernels, activation: str) -> None:
     x = torch.tensor([[-1e30, -100.0, -20.0, -0.0, 0.0, 20.0, 100.0, 1e30]], device=kernels.device)
     out = torch.empty_like(x)
     index = ACTIVATIONS.index(activation)
-    kernels.module.cuda_bias_act(kernels.view(out), kernels.view(x), None, index, kernels.stream)
+    kernels.module.cuda_bias_act(out, x, None, index, kernels.stream)
     torch.testing.assert_close(out.double(), gated_or_plain(x.double(), activation), rtol=1e-6, atol=1e-6)
     x.fill_(torch.nan)
-    kernels.module.cuda_bias_act(kernels.view(out), kernels.view(x), None, index, kernels.stream)
+    kernels.module.cuda_bias_act(out, x, None, index, kernels.stream)
     assert out.isnan().all()
 
 
@@ -132,7 +130,7 @@ def test_bias_scale_residual(kernels: Kernels, width: int, dtype: torch.dtype, r
     row_scale = torch.tensor([0.0, 1.25, 1.25], device=kernels.device)
     wide = [t.double() for t in (residual, row_scale.repeat_interleave(tokens)[:, None], layer_scale, x, bias)]
     truth = wide[0] + wide[1] * wide[2] * (wide[3] + wide[4])
-    args = [kernels.view(t) for t in (residual, x, bias, residual, layer_scale, row_scale)]
+    args = (residual, x, bias, residual, layer_scale, row_scale)
     kernels.module.cuda_bias_scale_residual(*args, tokens, kernels.stream)
     assert_close(residual, truth, eager=truth.to(residual_dtype))
 
@@ -141,16 +139,16 @@ def test_bias_scale_residual_with_everything_absent(kernels: Kernels) -> None:
     x = nasty.strided(nasty.tokens(6, 40).float(), "sliced").to(kernels.device)
     residual = torch.randn(6, 40, device=kernels.device)
     out = torch.empty_like(residual)
-    args = [kernels.view(t) for t in (out, x, None, residual, None, None)]
+    args = (out, x, None, residual, None, None)
     kernels.module.cuda_bias_scale_residual(*args, 1, kernels.stream)
     assert_close(out, x.double() + residual.double())
 
 
 def test_no_rows(kernels: Kernels) -> None:
     x = torch.empty(0, 8, device=kernels.device)
-    kernels.module.cuda_norm(kernels.view(x), kernels.view(x), None, None, None, None, 1, 1e-6, kernels.stream)
-    kernels.module.cuda_bias_act(kernels.view(x), kernels.view(x), None, 1, kernels.stream)
-    args = [kernels.view(t) for t in (x, x, None, x, None, None)]
+    kernels.module.cuda_norm(x, x, None, None, None, None, 1, 1e-6, kernels.stream)
+    kernels.module.cuda_bias_act(x, x, None, 1, kernels.stream)
+    args = (x, x, None, x, None, None)
     kernels.module.cuda_bias_scale_residual(*args, 1, kernels.stream)
 
 
@@ -162,8 +160,8 @@ def test_half_precision_on_the_host_is_torchs(kernels: Kernels) -> None:
         x = x[~x.isnan()].reshape(1, -1).to(kernels.device)
         for dtype in (torch.float16, torch.bfloat16):
             out = torch.empty_like(x, dtype=dtype)
-            kernels.module.cuda_bias_act(kernels.view(out), kernels.view(x), None, 0, kernels.stream)
+            kernels.module.cuda_bias_act(out, x, None, 0, kernels.stream)
             assert torch.equal(out, x.to(dtype))
             back = torch.empty_like(x)
-            kernels.module.cuda_bias_act(kernels.view(back), kernels.view(out), None, 0, kernels.stream)
+            kernels.module.cuda_bias_act(back, out, None, 0, kernels.stream)
             assert torch.equal(back, out.float())

@@ -114,9 +114,6 @@ class Driver:
     def set_isa(self, name: str) -> None:
         self.request("set_isa", name)
 
-    def view(self, tensor: Tensor) -> Tensor:
-        return tensor
-
     def __getattr__(self, operator: str) -> Callable[..., None]:
         return lambda *arguments: self.call(operator, *arguments)
 
