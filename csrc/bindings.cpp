@@ -114,9 +114,10 @@ PYBIND11_MODULE(_C, m) {
   bind_prepared(m);
 
   m.def("patch_embed", &calls::patch_embed, Release(), py::arg("out"), py::arg("image"),
-        py::arg("weight"), py::arg("weight_scale"), py::arg("weight_shift"), py::arg("bias"),
-        py::arg("pos_embed"), py::arg("prefix"), py::arg("channel_scale"), py::arg("channel_shift"),
-        py::arg("compute"), py::arg("num_threads"));
+        py::arg("weight"), py::arg("weight_scale"), py::arg("weight_shift"),
+        py::arg("weight_packed"), py::arg("bias"), py::arg("pos_embed"), py::arg("prefix"),
+        py::arg("channel_scale"), py::arg("channel_shift"), py::arg("compute"),
+        py::arg("num_threads"));
   m.def("norm_linear", &calls::norm_linear, Release(), py::arg("out"), py::arg("x"),
         py::arg("weight"), py::arg("weight_scale"), py::arg("bias"), py::arg("norm_weight"),
         py::arg("norm_bias"), py::arg("norm"), py::arg("eps"), py::arg("activation"),
@@ -149,6 +150,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("num_threads"));
   m.def("quantize_rows", &calls::quantize_rows, Release(), py::arg("out"), py::arg("scale"),
         py::arg("x"), py::arg("num_threads"), "Rotated rows of x in int8, and their scales.");
+
+  m.def("pack_weight", &calls::pack_weight, Release(), py::arg("out"), py::arg("weight"),
+        "The panels of an int8 weight (N, K), as products pack them at the present level.");
+  m.def(
+      "packed_bytes", [](int64_t n, int64_t k) { return cpu::kernels().packed_bytes(n, k); },
+      py::arg("n"), py::arg("k"), "How many bytes pack_weight writes.");
 
   m.def("isa", &cpu::isa, "The instruction set in use.");
   m.def("supported_isas", &cpu::supported_isas, "Instruction sets of this machine, best last.");

@@ -1,5 +1,5 @@
 // AMX: eight registers ("tiles") of 16 rows x 64 bytes, and the products of two of them that are
-// added to a third. simd.h includes it at levels that have them.
+// added to a third. products.h includes it at levels that have them.
 //
 // Compilers don't know tiles as values, so a tile is named by its number, and the instructions are
 // spelled out: the intrinsics of GCC 12 don't say that they read or write memory.

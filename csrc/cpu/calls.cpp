@@ -5,12 +5,12 @@
 namespace fastvit::calls {
 
 void patch_embed(const View& out, const View& image, const View& weight, const View* weight_scale,
-                 const View* weight_shift, const View* bias, const View* pos_embed,
-                 const View* prefix, const View* channel_scale, const View* channel_shift,
-                 int compute, int num_threads) {
-  cpu::kernels().patch_embed({out, image, weight, weight_scale, weight_shift, bias, pos_embed,
-                              prefix, channel_scale, channel_shift, static_cast<Compute>(compute),
-                              num_threads});
+                 const View* weight_shift, const View* weight_packed, const View* bias,
+                 const View* pos_embed, const View* prefix, const View* channel_scale,
+                 const View* channel_shift, int compute, int num_threads) {
+  cpu::kernels().patch_embed({out, image, weight, weight_scale, weight_shift, weight_packed, bias,
+                              pos_embed, prefix, channel_scale, channel_shift,
+                              static_cast<Compute>(compute), num_threads});
 }
 
 void norm_linear(const View& out, const View& x, const View& weight, const View* weight_scale,
@@ -87,6 +87,8 @@ void mlp(const View& out, const View& x, const View& weight1, const View* scale1
 void quantize_rows(const View& out, const View& scale, const View& x, int num_threads) {
   cpu::kernels().quantize_rows({out, scale, x, num_threads});
 }
+
+void pack_weight(const View& out, const View& weight) { cpu::kernels().pack_weight({out, weight}); }
 
 void pool(const View& out, const View& x, int mode, int64_t num_prefix_tokens, int norm,
           const View* norm_weight, const View* norm_bias, float eps, const View* weight,

@@ -8,9 +8,9 @@
 namespace fastvit::calls {
 
 void patch_embed(const View& out, const View& image, const View& weight, const View* weight_scale,
-                 const View* weight_shift, const View* bias, const View* pos_embed,
-                 const View* prefix, const View* channel_scale, const View* channel_shift,
-                 int compute, int num_threads);
+                 const View* weight_shift, const View* weight_packed, const View* bias,
+                 const View* pos_embed, const View* prefix, const View* channel_scale,
+                 const View* channel_shift, int compute, int num_threads);
 void norm_linear(const View& out, const View& x, const View& weight, const View* weight_scale,
                  const View* bias, const View* norm_weight, const View* norm_bias, int norm,
                  float eps, int activation, int compute, int num_threads);
@@ -34,6 +34,7 @@ void mlp(const View& out, const View& x, const View& weight1, const View* scale1
          const View* norm_bias, int norm, float eps, int activation, const View* layer_scale,
          const View* row_scale, int64_t rows_per_sample, int compute, int num_threads);
 void quantize_rows(const View& out, const View& scale, const View& x, int num_threads);
+void pack_weight(const View& out, const View& weight);
 void pool(const View& out, const View& x, int mode, int64_t num_prefix_tokens, int norm,
           const View* norm_weight, const View* norm_bias, float eps, const View* weight,
           const View* bias, int compute, int num_threads);

@@ -15,19 +15,22 @@
 
 namespace fastvit::cpu {
 
-#define FASTVIT_DECLARE(level)                                                                 \
-  namespace level {                                                                            \
-  void patch_embed(const PatchEmbedArgs&);                                                     \
-  void norm_linear(const NormLinearArgs&);                                                     \
-  void attention(const AttentionArgs&);                                                        \
-  void rotate(const RotateArgs&);                                                              \
-  void linear_residual(const LinearResidualArgs&);                                             \
-  void mlp(const MlpArgs&);                                                                    \
-  void pool(const PoolArgs&);                                                                  \
-  void quantize_rows(const QuantizeArgs&);                                                     \
-  double peak(Compute, int num_threads, double seconds);                                       \
-  constexpr Kernels kKernels{patch_embed, norm_linear, attention,     rotate, linear_residual, \
-                             mlp,         pool,        quantize_rows, peak};                   \
+#define FASTVIT_DECLARE(level)                                                        \
+  namespace level {                                                                   \
+  void patch_embed(const PatchEmbedArgs&);                                            \
+  void norm_linear(const NormLinearArgs&);                                            \
+  void attention(const AttentionArgs&);                                               \
+  void rotate(const RotateArgs&);                                                     \
+  void linear_residual(const LinearResidualArgs&);                                    \
+  void mlp(const MlpArgs&);                                                           \
+  void pool(const PoolArgs&);                                                         \
+  void quantize_rows(const QuantizeArgs&);                                            \
+  void pack_weight(const PackArgs&);                                                  \
+  int64_t packed_bytes(int64_t n, int64_t k);                                         \
+  double peak(Compute, int num_threads, double seconds);                              \
+  constexpr Kernels kKernels{patch_embed,     norm_linear,  attention, rotate,        \
+                             linear_residual, mlp,          pool,      quantize_rows, \
+                             pack_weight,     packed_bytes, peak};                    \
   }
 FASTVIT_LEVELS(FASTVIT_DECLARE)
 #undef FASTVIT_DECLARE

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "products.h"
 #include "rows.h"
 #include "vmath.h"
 

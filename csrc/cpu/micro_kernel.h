@@ -2,8 +2,8 @@
 
 #pragma once
 
+#include "products.h"
 #include "rows.h"
-#include "simd.h"
 
 namespace fastvit::cpu::FASTVIT_ISA {
 

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "simd.h"
+#include "products.h"
 
 namespace fastvit::cpu::FASTVIT_ISA {
 

@@ -274,7 +274,8 @@ void embed(const PatchEmbedArgs& args, const Values& values, const float* weight
                              count,
                              bias,
                              args.pos_embed};
-  const Weight weight{args.weight.data, args.weight.dtype, k, n, k, false, weight_scale};
+  const void* packed = args.weight_packed ? args.weight_packed->data : nullptr;
+  const Weight weight{args.weight.data, args.weight.dtype, k, n, k, false, weight_scale, packed};
   product<P>(batch * count, weight, args.num_threads, source, epilogue);
 }
 

@@ -15,7 +15,8 @@
 //
 // Why so: panels are stationary and A streams past them at 24 bytes a step, which even L3 delivers,
 // so the same loop serves 1 and 100,000 rows. Weights are packed inside the call: it costs as much
-// as kPackRows rows, needs a panel or two of memory per thread, and can never be stale.
+// as kPackRows rows, needs a panel or two of memory per thread, and can never be stale. An int8
+// weight may come packed: whoever quantised it watches over it (pack_weight.cpp).
 
 #pragma once
 
@@ -28,15 +29,16 @@ namespace fastvit::cpu::FASTVIT_ISA {
 // ---- Work splitting -----------------------------------------------------------------------------
 
 // Into how many chunks to split `rows` so that `tasks` x chunks keep all threads busy, where a
-// chunk costs `P::kPackRows` rows on top. The last to finish costs a fraction of a chunk more:
-// cores are never equally fast.
+// chunk costs `pack_rows` rows on top. The last to finish costs a fraction of a chunk more: cores
+// are never equally fast.
 template <class P>
-static int64_t split_rows(int64_t rows, int64_t tasks, int threads) {
+static int64_t split_rows(int64_t rows, int64_t tasks, int threads,
+                          double pack_rows = P::kPackRows) {
   if (threads == 1) return 1;
   int64_t best = 1;
   double best_cost = 0;
   for (int64_t chunks = 1; chunks <= ceil_div(rows, 4 * P::kRows) && chunks <= 64; ++chunks) {
-    const double chunk = static_cast<double>(ceil_div(rows, chunks)) + P::kPackRows;
+    const double chunk = static_cast<double>(ceil_div(rows, chunks)) + pack_rows;
     const double cost = (static_cast<double>(ceil_div(tasks * chunks, threads)) + 0.25) * chunk;
     if (chunks == 1 || cost < best_cost) best = chunks, best_cost = cost;
   }
@@ -49,9 +51,9 @@ struct Tasks {
   int64_t rows, whole, pieces, piece_rows, count;
 
   template <class P>
-  static Tasks of(int64_t rows, int64_t strips, int threads) {
+  static Tasks of(int64_t rows, int64_t strips, int threads, double pack_rows) {
     const int64_t last = min(strips, threads);
-    const int64_t most = split_rows<P>(rows, last, threads);
+    const int64_t most = split_rows<P>(rows, last, threads, pack_rows);
     const int64_t piece_rows = round_up(ceil_div(rows, most), P::kRows);
     const int64_t pieces = ceil_div(rows, piece_rows);
     return {rows, strips - last, pieces, piece_rows, strips - last + last * pieces};
@@ -123,19 +125,22 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
   const int64_t block_rows = kIsPacked<Source> ? round_up(m, kRows) : packed_rows<P>(m, w.k);
 
   const int64_t panel_columns = w.panel_columns();
-  const int64_t panel_elements = (kc / P::kPair + P::kHasSums) * kPanel * P::kPair;
+  const int64_t panel_size = panel_elements<P>(kc);
   // A task takes two panels where both stay in L2: A then comes from L3 half as often.
-  const int64_t panel_bytes = panel_elements * static_cast<int64_t>(sizeof(Element));
+  const int64_t panel_bytes = panel_size * static_cast<int64_t>(sizeof(Element));
   const int64_t wide = k_chunks == 1 && 2 * panel_bytes <= caches.l2 / 2 ? 2 : 1;
   const int64_t strips = ceil_div(w.n, wide * panel_columns);
-  const Tasks tasks = Tasks::of<P>(min(block_rows, m), strips, threads);
+  // Panels that lie ready are of all k.
+  const auto* packed = k_chunks == 1 ? static_cast<const Element*>(w.packed) : nullptr;
+  const Tasks tasks =
+      Tasks::of<P>(min(block_rows, m), strips, threads, packed == nullptr ? P::kPackRows : 0);
 
   const int64_t partial_rows =
       k_chunks > 1 ? round_up(tasks.whole ? tasks.rows : tasks.piece_rows, kRows) : kRows;
   const auto carve = [&](char* base) {
     Carver take{base};
     ProductWorker<P> worker;
-    worker.panels = take.array<Element>(wide * panel_elements);
+    worker.panels = take.array<Element>(packed == nullptr ? wide * panel_size : 0);
     worker.partial = take.array<float>(partial_rows * kPanel);
     worker.scales = take.array<float>(P::kQuantized && w.gated ? wide * kPanel : 0);
     worker.bytes = take.used;
@@ -173,8 +178,7 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
       if (col >= w.n) break;
       const int64_t cols = min(panel_columns, w.n - col);
       float* room = worker.scales + count * kPanel;
-      panels[count] = {worker.panels + count * panel_elements, panel_scales<P>(w, col, cols, room),
-                       col, cols, 0};
+      panels[count] = {nullptr, panel_scales<P>(w, col, cols, room), col, cols, 0};
     }
     const int64_t begin = tasks.begin(task), end = min(tasks.end(task), block_size);
     if (begin >= end) return;
@@ -184,7 +188,14 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
       const int64_t k = min(kc, w.k - k0), next = k0 + kc;
       for (int64_t i = 0; i < count; ++i) {
         Panel<P>& p = panels[i];
-        p.vectors = pack_panel<P>(w, p.col, p.cols, k0, k, p.data);
+        if (packed != nullptr) {
+          p.data = packed + p.col / kPanel * panel_size;
+          p.vectors = ceil_div(p.cols, kLanes);
+        } else {
+          Element* to = worker.panels + i * panel_size;
+          p.data = to;
+          p.vectors = pack_panel<P>(w, p.col, p.cols, k0, k, to);
+        }
       }
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t r = begin + g * kRows, mr = min(kRows, end - r);
@@ -192,8 +203,11 @@ static void product(int64_t m, const Weight& w, int requested_threads, const Sou
         for (int64_t i = 0; i < count; ++i) {
           const Panel<P>& p = panels[i];
           // Tasks are handed out in order: a thread's next one is probably `threads` further on.
-          Prefetch prefetch = next < w.k ? w.prefetch<P>(p.col, next, g, groups)
-                                         : w.prefetch<P>(column(task + threads, i), 0, g, groups);
+          Prefetch prefetch;
+          if (packed == nullptr) {
+            prefetch = next < w.k ? w.prefetch<P>(p.col, next, g, groups)
+                                  : w.prefetch<P>(column(task + threads, i), 0, g, groups);
+          }
           if (k_chunks == 1) {  // more tiles than one are too many for L1
             prefetch.tiles[2] = {reinterpret_cast<const char*>(tile), kPanel * sizeof(float),
                                  p.vectors * kLanes * static_cast<int64_t>(sizeof(float))};

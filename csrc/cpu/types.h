@@ -53,8 +53,9 @@ struct PatchEmbedArgs {
   View out;     // (B, R + N, D)
   View image;   // (B, C, H, W), any strides, f32 | bf16 | u8
   View weight;  // (D, C, P1, P2) contiguous; int8 for u8 images, whose bytes it sees less 128
-  const View* weight_scale;  // (D) f32, of an int8 weight
-  const View* weight_shift;  // the same, added to the bias
+  const View* weight_scale;   // (D) f32, of an int8 weight
+  const View* weight_shift;   // the same, added to the bias
+  const View* weight_packed;  // its panels, as `pack_weight` makes them at this level
   const View* bias;
   const View* pos_embed;      // (N, D)
   const View* prefix;         // (R, D)
@@ -184,6 +185,12 @@ struct QuantizeArgs {
   int num_threads;
 };
 
+// out = the panels of an int8 weight, as a product packs them.
+struct PackArgs {
+  View out;     // packed_bytes(N, K) of them, aligned to 64
+  View weight;  // (N, K) int8
+};
+
 // One instruction set's build of every operator.
 struct Kernels {
   void (*patch_embed)(const PatchEmbedArgs&);
@@ -194,6 +201,8 @@ struct Kernels {
   void (*mlp)(const MlpArgs&);
   void (*pool)(const PoolArgs&);
   void (*quantize_rows)(const QuantizeArgs&);
+  void (*pack_weight)(const PackArgs&);
+  int64_t (*packed_bytes)(int64_t n, int64_t k);
   double (*peak)(Compute compute, int num_threads, double seconds);  // G(FL)OP/s
 };
 

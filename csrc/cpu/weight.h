@@ -18,6 +18,7 @@ struct Weight {
   int64_t n, k;
   bool gated;  // rows n.. are the values of a gated unit: panels hold gates, then their values
   const float* scale = nullptr;  // of an int8 weight's rows, padded to whole vectors
+  const void* packed = nullptr;  // its panels (pack_weight.cpp)
 
   int64_t panel_columns() const { return gated ? kPanel / 2 : kPanel; }
 
@@ -34,10 +35,16 @@ struct Weight {
   }
 };
 
+// Of a panel of k steps' elements: rounded up to what packing writes.
+template <class P>
+static int64_t panel_elements(int64_t k) {
+  return (ceil_div(k, kLanes * P::kPair) * kLanes + P::kHasSums) * kPanel * P::kPair;
+}
+
 // Columns col .. col + cols of the weight, packed.
 template <class P>
 struct Panel {
-  typename P::Element* data;
+  const typename P::Element* data;
   const float* scales;
   int64_t col, cols, vectors;
 };

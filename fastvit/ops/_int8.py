@@ -1,8 +1,9 @@
 """The int8 form of a float weight: a cache behind the operators, so that the rest of torch sees float parameters only.
 
-An entry belongs to a tensor object and goes with it.  It holds one byte per element and four per row, is made at the
-first call, and made anew when the weight has changed: its memory, layout or dtype, its version (every change in place
-but those through `.data`), or a hash of 64 elements spread over it (what changes through `.data` usually change).
+An entry belongs to a tensor object and goes with it.  It holds one byte per element (of a patch embedding two: as they
+are, and as products read them) and four per row, is made at the first call, and made anew when the weight has changed:
+its memory, layout or dtype, its version (every change in place but those through `.data`), or a hash of 64 elements
+spread over it (what changes through `.data` usually change).
 
 FSDP2 fills a parameter before each forward, mostly at the address of the last time and without moving its version.  So
 a process that has sharded anything keeps no entries, and quantises at every call.
@@ -42,11 +43,15 @@ def operand(weight: Tensor, quantize: str | None) -> tuple[Tensor, Tensor | None
 
 def patch_operand(
     weight: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`weight` (D, C, P1, P2) for patches of bytes less 128, as `fastvit.reference.int8.patch_weight` says."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`weight` (D, C, P1, P2) for patches of bytes less 128: as `fastvit.reference.int8.patch_weight` says, and packed.
+
+    Packed, because the product of one image is short.
+    """
     numbers = tuple(None if n is None else tuple(n) for n in (mean, std))
-    values, scale, shift = _form(weight, lambda dense: _for_patches(dense, *numbers), numbers)
-    return values, scale, shift
+    isa = _backend.extension().isa()  # type: ignore[union-attr]
+    values, scale, shift, packed = _form(weight, lambda dense: _for_patches(dense, *numbers), numbers, isa)
+    return values, scale, shift, packed
 
 
 def _form(weight: Tensor, make: Callable[[Tensor], tuple[Tensor, ...]], *settings: object) -> tuple[Tensor, ...]:
@@ -88,5 +93,10 @@ def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _for_patches(weight: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> tuple[Tensor, ...]:
+    extension = _backend.extension()
     with torch.inference_mode(False), torch.no_grad():
-        return patch_weight(weight, mean, std)
+        values, scale, shift = patch_weight(weight, mean, std)
+        rows = values.flatten(1)
+        packed = torch.empty(extension.packed_bytes(*rows.shape), dtype=torch.int8)  # type: ignore[union-attr]
+    extension.pack_weight(packed, rows)  # type: ignore[union-attr]
+    return values, scale, shift, packed

@@ -172,15 +172,14 @@ def _kernel(
     if backend == "cpp":
         image = _channels_first(image, layout)
         affine = _channel_affine(image, mean, std) if quantize is None else (None, None)
-        weight_scale = weight_shift = None
+        of_weight: list[Tensor | None] = [None, None, None]
         if quantize is not None:
-            weight, weight_scale, weight_shift = _int8.patch_operand(weight, mean, std)
+            weight, *of_weight = _int8.patch_operand(weight, mean, std)
         _backend.extension().patch_embed(  # type: ignore[union-attr]
             out,
             image,
             weight.contiguous(),
-            weight_scale,
-            weight_shift,
+            *of_weight,
             *map(_backend.contiguous, (bias, pos_embed, prefix)),
             *affine,
             _backend.code(out.dtype),

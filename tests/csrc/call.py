@@ -39,6 +39,13 @@ def quantized(x: Tensor, threads: int = 2) -> tuple[Tensor, Tensor]:
     return values, scale
 
 
+def packed(weight: Tensor) -> Tensor:
+    """The panels of an int8 weight (N, K)."""
+    panels = torch.full((kernels.packed_bytes(*weight.shape),), 99, dtype=torch.int8)
+    kernels.pack_weight(panels, weight)
+    return panels
+
+
 def compute_code(dtype: torch.dtype) -> int:
     return {torch.float32: 0, torch.bfloat16: 1}[dtype]
 
@@ -174,6 +181,7 @@ def patch_embed(
     channel_shift: Tensor | None = None,
     weight_scale: Tensor | None = None,
     weight_shift: Tensor | None = None,
+    pack: bool = False,
     compute: torch.dtype = torch.float32,
     out_dtype: torch.dtype | None = None,
     threads: int = 2,
@@ -181,7 +189,7 @@ def patch_embed(
     patches = (image.shape[2] // weight.shape[2]) * (image.shape[3] // weight.shape[3])
     rows = patches + (0 if prefix is None else prefix.shape[0])
     out = blank(image.shape[0], rows, weight.shape[0], dtype=out_dtype or compute)
-    of_weight = (weight_scale, weight_shift)
+    of_weight = (weight_scale, weight_shift, packed(weight.flatten(1)) if pack else None)
     tensors = (out, image, weight, *of_weight, bias, pos_embed, prefix, channel_scale, channel_shift)
     kernels.patch_embed(*tensors, compute_code(compute), threads)
     return out

@@ -88,6 +88,8 @@ def test_bytes_as_integers(isa: str, dtype: torch.dtype, channels: int, step: in
     wide = F.conv2d(x.double() - 128, w.double(), stride=patch).flatten(2).transpose(1, 2) * scale + shift + b + pos
     truth = torch.cat([prefix.double().expand(2, -1, -1), wide], dim=1)
     assert_close(actual, truth, eager=truth.to(dtype))
+    ready = call.patch_embed(x, w, b, pos_embed=pos, prefix=prefix, **of_weight, pack=True, compute=dtype)
+    assert torch.equal(ready, actual)
 
 
 _AT_THE_END_OF_MEMORY = """

@@ -186,6 +186,7 @@ void run(Request& request) {
       {"mlp", [](Request& r) { call(calls::mlp, r); }},
       {"pool", [](Request& r) { call(calls::pool, r); }},
       {"quantize_rows", [](Request& r) { call(calls::quantize_rows, r); }},
+      {"pack_weight", [](Request& r) { call(calls::pack_weight, r); }},
   };
   if (request.name() == "isa") return answer(0, cpu::isa());
   if (request.name() == "supported_isas") {
@@ -196,6 +197,10 @@ void run(Request& request) {
   if (request.name() == "set_isa") {
     cpu::set_isa(request.take<std::string>());
     return answer(0, "");
+  }
+  if (request.name() == "packed_bytes") {
+    const auto n = request.take<int64_t>(), k = request.take<int64_t>();
+    return answer(0, std::to_string(cpu::kernels().packed_bytes(n, k)));
   }
   operators.at(request.name())(request);
   int64_t bytes = 0;

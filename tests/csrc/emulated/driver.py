@@ -111,6 +111,9 @@ class Driver:
     def supported_isas(self) -> list[str]:
         return self.request("supported_isas").decode().split()
 
+    def packed_bytes(self, n: int, k: int) -> int:
+        return int(self.request("packed_bytes", n, k))
+
     def set_isa(self, name: str) -> None:
         self.request("set_isa", name)
 
