@@ -105,6 +105,16 @@ py::object checked(PyObject* result) {
   return py::reinterpret_steal<py::object>(result);
 }
 
+// Where the element lies that is `at` in order, the last dimension first.
+int64_t offset_of(const View& view, int64_t at) {
+  int64_t offset = 0;
+  for (int i = view.ndim - 1; i >= 0; --i) {
+    offset += at % view.size[i] * view.stride[i];
+    at /= view.size[i];
+  }
+  return offset;
+}
+
 void read_tuple(const py::object& source, int64_t* out) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(source.ptr()); ++i) {
     out[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(source.ptr(), i));
@@ -161,21 +171,21 @@ uint64_t fingerprint(const View& view) {
   };
   mix(static_cast<uint64_t>(view.dtype));
   int64_t count = 1;
-  for (int i = 0; i < view.ndim; ++i) {
+  bool dense = true;
+  for (int i = view.ndim - 1; i >= 0; --i) {
     mix(static_cast<uint64_t>(view.size[i]));
     mix(static_cast<uint64_t>(view.stride[i]));
+    dense = dense && view.stride[i] == count;
     count *= view.size[i];
   }
   const int64_t samples = count < kSamples ? count : kSamples;
   for (int64_t sample = 0; sample < samples; ++sample) {
     // The odd term keeps the samples of a matrix out of one column.
-    int64_t at = (count / samples * sample + 7 * sample) % count, offset = 0;
-    for (int i = view.ndim - 1; i >= 0; --i) {
-      offset += at % view.size[i] * view.stride[i];
-      at /= view.size[i];
-    }
+    const int64_t at = (count / samples * sample + 7 * sample) % count;
     uint64_t element = 0;
-    std::memcpy(&element, static_cast<const char*>(view.data) + offset * size, size);
+    std::memcpy(&element,
+                static_cast<const char*>(view.data) + (dense ? at : offset_of(view, at)) * size,
+                size);
     mix(element);
   }
   return hash;

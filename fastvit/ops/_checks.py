@@ -64,11 +64,15 @@ def drop_path(t: Tensor | None, residual: Tensor) -> None:
 
 
 def same_device(**tensors: Tensor | None) -> None:
-    given = [(name, t) for name, t in tensors.items() if t is not None]
-    first_name, first = given[0]
-    for name, t in given[1:]:
-        if t.device != first.device:
-            raise ValueError(f"{name}: on {t.device}, but {first_name} is on {first.device}; put them on one device")
+    first_name, first = "", None
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        device = t.device
+        if first is None:
+            first_name, first = name, device
+        elif device != first:
+            raise ValueError(f"{name}: on {device}, but {first_name} is on {first}; put them on one device")
 
 
 def same_dtype(name: str, t: Tensor | None, expected: torch.dtype, of: str) -> None:
