@@ -13,10 +13,12 @@ import pytest
 import torch
 
 import fastvit
-from fastvit import _C
+from fastvit import _C, ops, reference
+from tests import nasty
 from tests.csrc import call
 from tests.csrc.emulated import machines
 from tests.csrc.emulated.driver import ROOT, Missing, require, setup_py
+from tests.tolerances import assert_close
 
 X86 = ["scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
 ARM64 = ["neon", "neon_dotprod", "neon_bf16"]
@@ -153,7 +155,7 @@ def test_the_environment_chooses_a_level(wanted: str, monkeypatch: pytest.Monkey
 
 _USES = """
 import torch, fastvit
-from fastvit import _C
+from fastvit import _C, ops, reference
 from fastvit.nn import Block
 
 block, x = Block(64, 2).eval(), torch.randn(1, 5, 64)
@@ -355,3 +357,16 @@ def test_the_tile_kernel_loads_one_tile_per_product(amx_listing: str, product: s
     assert "ldtilecfg" not in kernel
     assert "ldtilecfg" in amx_listing
     assert "tilerelease" in amx_listing
+
+
+def test_an_int8_patch_embedding_is_packed_anew_at_another_level():
+    image = torch.randint(0, 256, (2, 3, 96, 96), generator=nasty.generator(), dtype=torch.uint8)
+    weight = nasty.weight(96, 3, 16, 16).float()
+    expected = reference.patch_embed(image, weight.double(), quantize="int8")
+    before = _C.isa()
+    try:
+        for isa in (*_C.supported_isas(), _C.supported_isas()[0]):
+            _C.set_isa(isa)
+            assert_close(ops.patch_embed(image, weight, quantize="int8"), expected, eager=expected.float())
+    finally:
+        _C.set_isa(before)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_sample_images
 from torch._subclasses import FakeTensorMode
 
-from fastvit import _C, ops, reference
+from fastvit import ops, reference
 from tests import nasty
 from tests.ops.harness import BACKENDS, DTYPES, check, check_gradients
 from tests.tolerances import INT8, LOW_PRECISION_RATIO, assert_close, relative_l2
@@ -222,19 +222,6 @@ def test_int8_of_noise(dtype, layout):
 
 def double(tensors):
     return {name: t.double() for name, t in tensors.items()}
-
-
-def test_int8_weights_are_packed_anew_at_another_level():
-    image, weight = photographs(), nasty.weight(96, 3, 16, 16).float()
-    expected = reference.patch_embed(image, weight.double(), mean=MEAN, std=STD, quantize="int8")
-    before = _C.isa()
-    try:
-        for isa in (*_C.supported_isas(), _C.supported_isas()[0]):
-            _C.set_isa(isa)
-            actual = ops.patch_embed(image, weight, mean=MEAN, std=STD, quantize="int8")
-            assert_close(actual, expected, eager=expected.float())
-    finally:
-        _C.set_isa(before)
 
 
 def test_int8_gradients_are_those_of_the_float_product():
