@@ -89,7 +89,7 @@ class Fingerprint:
             kind for cls in {type(m) for m in modules} for kind in cls.__mro__ if "forward" in vars(kind)
         }
         kept: list[Any] = []
-        self._snapshot = _backend.extension().Snapshot(  # type: ignore[union-attr]
+        self._snapshot = _backend.extension().Snapshot(
             modules, dicts, [(kind, kind.forward) for kind in kinds], PREPARED, kept
         )
         # What the model owns and is owned by would keep it alive.

@@ -8,7 +8,6 @@ import importlib
 import importlib.util
 from collections.abc import Iterator
 from contextvars import ContextVar
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -50,7 +49,7 @@ def may_run(name: str) -> bool:
 
 
 @functools.cache
-def extension() -> ModuleType | None:
+def extension() -> Any:
     """The compiled extension `fastvit._C`, or None where it was not built.
 
     torch is loaded by now, so the extension binds to torch's OpenMP runtime and shares its thread pool.

@@ -49,7 +49,7 @@ def patch_operand(
     Packed, because the product of one image is short.
     """
     numbers = tuple(None if n is None else tuple(n) for n in (mean, std))
-    isa = _backend.extension().isa()  # type: ignore[union-attr]
+    isa = _backend.extension().isa()
     values, scale, shift, packed = _form(weight, lambda dense: _for_patches(dense, *numbers), numbers, isa)
     return values, scale, shift, packed
 
@@ -61,7 +61,7 @@ def _form(weight: Tensor, make: Callable[[Tensor], tuple[Tensor, ...]], *setting
     stamp = (
         settings,
         None if weight.is_inference() else weight._version,
-        _backend.extension().fingerprint(weight),  # type: ignore[union-attr]
+        _backend.extension().fingerprint(weight),
     )
     entry = _entries.get(weight)
     if entry is None or entry.stamp != stamp:
@@ -88,7 +88,7 @@ def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
         values = torch.empty(rows, rotation(k)[1], dtype=torch.int8)
         scale = torch.empty(rows)
-    _backend.extension().quantize_rows(values, scale, weight, torch.get_num_threads())  # type: ignore[union-attr]
+    _backend.extension().quantize_rows(values, scale, weight, torch.get_num_threads())
     return values, scale
 
 
@@ -97,6 +97,6 @@ def _for_patches(weight: Tensor, mean: tuple[float, ...] | None, std: tuple[floa
     with torch.inference_mode(False), torch.no_grad():
         values, scale, shift = patch_weight(weight, mean, std)
         rows = values.flatten(1)
-        packed = torch.empty(extension.packed_bytes(*rows.shape), dtype=torch.int8)  # type: ignore[union-attr]
-    extension.pack_weight(packed, rows)  # type: ignore[union-attr]
+        packed = torch.empty(extension.packed_bytes(*rows.shape), dtype=torch.int8)
+    extension.pack_weight(packed, rows)
     return values, scale, shift, packed

@@ -174,7 +174,7 @@ def _kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
     rope = a.rope()
     if backend == "cpp":
         q, k = (t if rope is None else _rotated(t, rope, a.rope_interleaved, out.dtype) for t in (a.q, a.k))
-        _backend.extension().attention(  # type: ignore[union-attr]
+        _backend.extension().attention(
             out.unflatten(-1, a.q.shape[2:]),
             *map(_backend.unit_stride, (q, k, a.v)),
             None if a.bias is None else a.bias.expand(a.logits()),
@@ -198,7 +198,7 @@ def _rotated(x: Tensor, rope: tuple[Tensor, Tensor], interleaved: bool, dtype: t
     """A rotated copy of x in the dtype that products run in."""
     x = torch.empty(x.shape, dtype=dtype).copy_(x)
     tables = map(_backend.unit_stride, rope)
-    _backend.extension().rotate(x, *tables, interleaved, torch.get_num_threads())  # type: ignore[union-attr]
+    _backend.extension().rotate(x, *tables, interleaved, torch.get_num_threads())
     return x
 
 

@@ -107,7 +107,7 @@ def kernel(
         contiguous, rows = _backend.contiguous, _backend.rows
         factors = None if drop_path is None else drop_path.float().contiguous()
         out_rows = rows(out)
-        _backend.extension().linear_residual(  # type: ignore[union-attr]
+        _backend.extension().linear_residual(
             out_rows,
             rows(x),
             *_int8.operand(weight, quantize),

@@ -165,7 +165,7 @@ def _kernel(*arguments: Any) -> Tensor:
         return linear_residual_kernel(hidden, a.fc2_weight, a.fc2_bias, *ends)
     contiguous, out_rows = _backend.contiguous, _backend.rows(out)
     factors = None if a.drop_path is None else a.drop_path.float().contiguous()
-    _backend.extension().mlp(  # type: ignore[union-attr]
+    _backend.extension().mlp(
         out_rows,
         _backend.rows(a.x),
         *_int8.operand(a.fc1_weight, a.quantize_fc1),

@@ -117,7 +117,7 @@ def kernel(
         return out
     backend = _backend.choose(x, out.dtype, weight, bias, norm_weight, norm_bias)
     if backend == "cpp":
-        _backend.extension().norm_linear(  # type: ignore[union-attr]
+        _backend.extension().norm_linear(
             _backend.rows(out),
             _backend.rows(x),
             *_int8.operand(weight, quantize),

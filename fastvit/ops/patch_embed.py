@@ -175,7 +175,7 @@ def _kernel(
         of_weight: list[Tensor | None] = [None, None, None]
         if quantize is not None:
             weight, *of_weight = _int8.patch_operand(weight, mean, std)
-        _backend.extension().patch_embed(  # type: ignore[union-attr]
+        _backend.extension().patch_embed(
             out,
             image,
             weight.contiguous(),

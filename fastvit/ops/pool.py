@@ -118,9 +118,9 @@ def _kernel(
     backend = _backend.choose(x, out.dtype, norm_weight, norm_bias, weight, bias)
     if backend == "cpp":
         contiguous = _backend.contiguous
-        _backend.extension().pool(  # type: ignore[union-attr]
+        _backend.extension().pool(
             out,
-            x if x.stride(-1) == 1 else x.contiguous(),
+            _backend.unit_stride(x),
             _checks.POOL_MODES.index(mode),
             num_prefix_tokens,
             _checks.NORMS.index(norm),

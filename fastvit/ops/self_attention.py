@@ -240,7 +240,7 @@ def _kernel(*arguments: Any) -> Tensor:
     factors = None if a.drop_path is None else a.drop_path.float().contiguous()
     batch, tokens, _ = a.x.shape
     bias = None if a.bias is None else a.bias.expand(batch, a.num_heads, tokens, tokens)
-    _backend.extension().self_attention(  # type: ignore[union-attr]
+    _backend.extension().self_attention(
         _backend.rows(out),
         _backend.rows(a.x),
         *weights,
