@@ -2,11 +2,25 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "products.h"
 #include "rows.h"
 #include "vmath.h"
 
 namespace fastvit::cpu::FASTVIT_ISA {
+
+// Calls whole(the number of vectors) where a tile is as wide as a panel.
+template <class Whole>
+FASTVIT_INLINE bool if_whole(int64_t cols, const Whole& whole) {
+  if (cols == kPanel) return whole(std::integral_constant<int, kVectors>{}), true;
+#if defined(FASTVIT_TILES)
+  if (cols == ProductBF16::kWidth * kLanes) {
+    return whole(std::integral_constant<int, ProductBF16::kWidth>{}), true;
+  }
+#endif
+  return false;
+}
 
 // out = activation(tile + bias)
 template <class Function>
@@ -19,12 +33,15 @@ struct Activate {
   }
 
   void operator()(const float* tile, int64_t row, int64_t rows, int64_t col, int64_t cols) const {
-    if (cols == kPanel) {
+    const bool done = if_whole(cols, [&](auto vectors) {
       const int64_t first = row * out.ld + col;
-      if (out.dtype == DType::kF32)
-        return whole(tile, rows, col, static_cast<float*>(out.data) + first);
-      return whole(tile, rows, col, static_cast<bf16*>(out.data) + first);
-    }
+      if (out.dtype == DType::kF32) {
+        whole<vectors>(tile, rows, col, static_cast<float*>(out.data) + first);
+      } else {
+        whole<vectors>(tile, rows, col, static_cast<bf16*>(out.data) + first);
+      }
+    });
+    if (done) return;
     for (int64_t j = 0; j < cols; j += kLanes) {
       const f32v b = load(bias + col + j);
       for (int64_t i = 0; i < rows; ++i) {
@@ -35,14 +52,14 @@ struct Activate {
   }
 
   // A tile as wide as a panel: no tails, a dtype known beforehand, and each line written at once.
-  template <class T>
+  template <int kCount, class T>
   void whole(const float* tile, int64_t rows, int64_t col, T* to) const {
-    f32v b[kVectors];
+    f32v b[kCount];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) b[j] = load(bias + col + j * kLanes);
+    for (int j = 0; j < kCount; ++j) b[j] = load(bias + col + j * kLanes);
     for (int64_t i = 0; i < rows; ++i, tile += kPanel, to += out.ld) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) {
+      for (int j = 0; j < kCount; ++j) {
         store(to + j * kLanes, Function::apply(load(tile + j * kLanes) + b[j]));
       }
     }
@@ -116,10 +133,14 @@ struct AddResidual {
     for (int64_t i = 0; i < rows; ++i) {
       scale[i] = row_scale ? row_scale[(first_row + row + i) / rows_per_sample] : 1.0f;
     }
-    if (cols == kPanel && out.dtype == residual.dtype) {
-      if (out.dtype == DType::kF32) return whole<float>(tile, row, rows, col, scale);
-      return whole<bf16>(tile, row, rows, col, scale);
-    }
+    const bool done = out.dtype == residual.dtype && if_whole(cols, [&](auto vectors) {
+                        if (out.dtype == DType::kF32) {
+                          whole<vectors, float>(tile, row, rows, col, scale);
+                        } else {
+                          whole<vectors, bf16>(tile, row, rows, col, scale);
+                        }
+                      });
+    if (done) return;
     for (int64_t j = 0; j < cols; j += kLanes) {
       const f32v b = load(bias + col + j), gamma = load(layer_scale + col + j);
       for (int64_t i = 0; i < rows; ++i) {
@@ -131,11 +152,11 @@ struct AddResidual {
   }
 
   // As `Activate::whole`.
-  template <class T>
+  template <int kCount, class T>
   void whole(const float* tile, int64_t row, int64_t rows, int64_t col, const float* scale) const {
-    f32v b[kVectors], gamma[kVectors];
+    f32v b[kCount], gamma[kCount];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) {
+    for (int j = 0; j < kCount; ++j) {
       b[j] = load(bias + col + j * kLanes);
       gamma[j] = load(layer_scale + col + j * kLanes);
     }
@@ -143,7 +164,7 @@ struct AddResidual {
     T* to = static_cast<T*>(out.data) + row * out.ld + col;
     for (int64_t i = 0; i < rows; ++i, tile += kPanel, r += residual.ld, to += out.ld) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) {
+      for (int j = 0; j < kCount; ++j) {
         const f32v y = (load(tile + j * kLanes) + b[j]) * gamma[j];
         store(to + j * kLanes, fmadd(y, set1(scale[i]), load(r + j * kLanes)));
       }

@@ -45,7 +45,7 @@ class FewRows {
       return memory;
     };
     const Memory memory = carve(static_cast<char*>(scratch(Slot::kRows, carve(nullptr).bytes)));
-    const int64_t panel_columns = w.panel_columns();
+    const int64_t panel_columns = w.panel_columns<P>();
 
 #pragma omp parallel num_threads(threads)
     {

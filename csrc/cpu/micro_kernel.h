@@ -1,4 +1,5 @@
-// The micro-kernel: a tile of at most P::kRows x kPanel sums, rows of A times a packed panel of B.
+// The micro-kernel by vectors: a tile of at most P::kRows x kPanel sums, rows of A times a packed
+// panel of B.
 
 #pragma once
 
@@ -134,89 +135,6 @@ static void micro_kernel(int64_t steps, const typename P::Element* a, int64_t ld
   }
 }
 
-#if defined(FASTVIT_TILES)
-// c[16 R][16 C] (+)= a[16 R][16 blocks] * b[16 blocks][16 C], in tiles. C takes tiles 0 to 3, A 4
-// and 5, B 6 and 7. `visit` is called once per block.
-template <class P, int R, int C, class Visit>
-FASTVIT_INLINE void multiply_tiles(int64_t blocks, const typename P::Element* a, int64_t lda,
-                                   const typename P::Element* b, int64_t ldb, float* c, int64_t ldc,
-                                   bool accumulate, const Visit& visit) {
-  constexpr int64_t kTileRows = 16, kDepth = P::kSteps * P::kPair;
-  const int64_t a_bytes = lda * static_cast<int64_t>(sizeof(typename P::Element));
-  const int64_t b_bytes = ldb * static_cast<int64_t>(sizeof(typename P::Element));
-  const int64_t c_bytes = ldc * static_cast<int64_t>(sizeof(float));
-  float* below = c + kTileRows * ldc;
-  if (accumulate) {
-    amx::load_tile<0>(c, c_bytes);
-    if constexpr (C == 2) amx::load_tile<1>(c + kLanes, c_bytes);
-    if constexpr (R == 2) amx::load_tile<2>(below, c_bytes);
-    if constexpr (R == 2 && C == 2) amx::load_tile<3>(below + kLanes, c_bytes);
-  } else {
-    amx::zero_tile<0>();
-    if constexpr (C == 2) amx::zero_tile<1>();
-    if constexpr (R == 2) amx::zero_tile<2>();
-    if constexpr (R == 2 && C == 2) amx::zero_tile<3>();
-  }
-  for (int64_t block = 0; block < blocks; ++block) {
-    visit(block);
-    amx::load_tile<4>(a, a_bytes);
-    amx::load_tile<6>(b, b_bytes);
-    P::template dot<0, 4, 6>();
-    if constexpr (C == 2) {
-      amx::load_tile<7>(b + kLanes * P::kPair, b_bytes);
-      P::template dot<1, 4, 7>();
-    }
-    if constexpr (R == 2) {
-      amx::load_tile<5>(a + kTileRows * lda, a_bytes);
-      P::template dot<2, 5, 6>();
-      if constexpr (C == 2) P::template dot<3, 5, 7>();
-    }
-    a += kDepth;
-    b += P::kSteps * ldb;
-  }
-  amx::store_tile<0>(c, c_bytes);
-  if constexpr (C == 2) amx::store_tile<1>(c + kLanes, c_bytes);
-  if constexpr (R == 2) amx::store_tile<2>(below, c_bytes);
-  if constexpr (R == 2 && C == 2) amx::store_tile<3>(below + kLanes, c_bytes);
-}
-
-// `micro_kernel` by tiles, for R x 16 rows of A and of c: there is room for those that don't exist.
-//
-// 2 x 2 tiles take four products, of 16 cycles each, for four loads, of 8: the loads hide. 1 x 4
-// would take five, and read B, which comes from L2, once per 16 rows instead of 32. A panel of 64
-// columns is two halves, the second of which finds A in L1.
-template <class P, class Fetch, int R, int NV>
-static void tile_kernel(int64_t steps, const typename P::Element* a, int64_t lda,
-                        const typename P::Element* b, float* c, int64_t ldc, bool accumulate,
-                        const Scales& scales, const Fetch& prefetch) {
-  constexpr int64_t kRows = 16 * R, ldb = NV * kLanes * P::kPair;
-  const int64_t blocks = ceil_div(steps, P::kSteps);
-  const auto fetch = [&](int64_t block) __attribute__((always_inline)) {
-    for (int64_t s = 0; s < P::kSteps; s += Prefetch::kUnroll) {
-      prefetch.template at<P, kRows>(block * P::kSteps + s, blocks * P::kSteps,
-                                     a + (block * P::kSteps + s) * P::kPair, lda);
-    }
-  };
-  const auto nothing = [](int64_t) {};
-  constexpr int kFirst = NV < 2 ? 1 : 2;
-  multiply_tiles<P, R, kFirst>(blocks, a, lda, b, ldb, c, ldc, accumulate, fetch);
-  if constexpr (NV > 2) {
-    multiply_tiles<P, R, NV - 2>(blocks, a, lda, b + 2 * kLanes * P::kPair, ldb, c + 2 * kLanes,
-                                 ldc, accumulate, nothing);
-  }
-  if constexpr (P::kQuantized) {
-    if (scales.rows == nullptr) return;
-    for (int64_t i = 0; i < kRows; ++i, c += ldc) {
-      const f32v row = set1(scales.rows[i]);
-      for (int j = 0; j < NV; ++j) {
-        const auto sum = (i32v)load(c + j * kLanes);
-        store(c + j * kLanes, to_float(sum) * (load(scales.columns + j * kLanes) * row));
-      }
-    }
-  }
-}
-#endif
-
 // The kernels of a product by rows and vectors, from one of each on.
 template <class P, class Fetch = Prefetch>
 struct MicroKernels {
@@ -238,27 +156,14 @@ struct MicroKernels {
   };
 
   FASTVIT_INLINE Function get(int64_t rows, int64_t vectors) {
-#if defined(FASTVIT_TILES)
-    if constexpr (P::kTiles) {
-      static constexpr Function kTable[2][kVectors] = {
-          {tile_kernel<P, Fetch, 1, 1>, tile_kernel<P, Fetch, 1, 2>, tile_kernel<P, Fetch, 1, 3>,
-           tile_kernel<P, Fetch, 1, 4>},
-          {tile_kernel<P, Fetch, 2, 1>, tile_kernel<P, Fetch, 2, 2>, tile_kernel<P, Fetch, 2, 3>,
-           tile_kernel<P, Fetch, 2, 4>}};
-      return kTable[rows > 16][vectors - 1];
-    }
-#endif
-    if constexpr (!P::kTiles) {
-      static constexpr Row<1> k1;
-      static constexpr Row<2> k2;
-      static constexpr Row<3> k3;
-      static constexpr Row<4> k4;
-      static constexpr Row<5> k5;
-      static constexpr Row<6> k6;
-      static constexpr const Function* kTable[P::kRows] = {k1.at, k2.at, k3.at,
-                                                           k4.at, k5.at, k6.at};
-      return kTable[rows - 1][vectors - 1];
-    }
+    static constexpr Row<1> k1;
+    static constexpr Row<2> k2;
+    static constexpr Row<3> k3;
+    static constexpr Row<4> k4;
+    static constexpr Row<5> k5;
+    static constexpr Row<6> k6;
+    static constexpr const Function* kTable[P::kRows] = {k1.at, k2.at, k3.at, k4.at, k5.at, k6.at};
+    return kTable[rows - 1][vectors - 1];
   }
 };
 

@@ -10,17 +10,18 @@
 namespace fastvit::cpu::FASTVIT_ISA {
 
 using P = ProductI8;
+constexpr int64_t kColumns = P::kWidth * kLanes;
 
 int64_t packed_bytes(int64_t n, int64_t k) {
-  return ceil_div(n, kPanel) * panel_elements<P>(k) * static_cast<int64_t>(sizeof(P::Element));
+  return ceil_div(n, kColumns) * panel_elements<P>(k) * static_cast<int64_t>(sizeof(P::Element));
 }
 
 void pack_weight(const PackArgs& args) {
   const int64_t n = args.weight.size[0], k = args.weight.size[1];
   const Weight weight{args.weight.data, DType::kI8, args.weight.stride[0], n, k, false};
   auto* panel = static_cast<P::Element*>(args.out.data);
-  for (int64_t col = 0; col < n; col += kPanel, panel += panel_elements<P>(k)) {
-    pack_panel<P>(weight, col, min(kPanel, n - col), 0, k, panel);
+  for (int64_t col = 0; col < n; col += kColumns, panel += panel_elements<P>(k)) {
+    pack_panel<P>(weight, col, min(kColumns, n - col), 0, k, panel);
   }
 }
 

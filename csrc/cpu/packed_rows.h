@@ -3,6 +3,7 @@
 #pragma once
 
 #include "products.h"
+#include "runtime.h"
 
 namespace fastvit::cpu::FASTVIT_ISA {
 
@@ -17,6 +18,15 @@ template <class P>
 static int64_t packed_ld(int64_t k) {
   constexpr int64_t size = sizeof(typename P::Element);
   return row_bytes(k * size) / size;
+}
+
+// How many of m packed rows of A to hold at a time: equal blocks within a share of L3.
+template <class P>
+static int64_t packed_rows(int64_t m, int64_t k) {
+  const int64_t bytes = intermediate_bytes();
+  const int64_t row = packed_ld<P>(k) * static_cast<int64_t>(sizeof(typename P::Element));
+  const int64_t most = max(bytes / row, 8 * P::kRows);
+  return round_up(ceil_div(m, ceil_div(m, most)), P::kRows);
 }
 
 // For writing. Other cores have read the row since it was last written, and stores, which retire in
@@ -45,6 +55,58 @@ template <class Source>
 constexpr bool kIsPacked = false;
 template <class P>
 constexpr bool kIsPacked<PackedRows<P>> = true;
+
+// A of a product, a block of its rows at a time: packed rows as they are, or what a source makes.
+template <class P, class Source>
+class RowsOfA {
+ public:
+  using Element = typename P::Element;
+
+  // m rows of k elements, `block` at a time.
+  RowsOfA(const Source& source, int64_t m, int64_t k, int64_t block)
+      : source_(source), m_(m), k_(k), block_(block) {
+    if constexpr (kIsPacked<Source>) {
+      rows = source.rows;
+      ld = source.ld;
+    } else {
+      ld = packed_ld<P>(k);
+      const int64_t bytes = block * ld * static_cast<int64_t>(sizeof(Element));
+      const int64_t scale_bytes = P::kQuantized ? block * sizeof(float) : 0;
+      auto* memory = static_cast<char*>(scratch(Slot::kRows, bytes + scale_bytes));
+      rows = filled_ = reinterpret_cast<Element*>(memory);
+      scales = reinterpret_cast<float*>(memory + bytes);
+    }
+  }
+
+  // Makes the rows of the block that begins at row `first`: all threads of a parallel region.
+  void fill(int64_t first, int threads) const {
+    if constexpr (!kIsPacked<Source>) {
+      const int64_t count = min(block_, m_ - first);
+      // A row is dear where the source pools tokens: then few rows must still keep all busy.
+      const int64_t share = max(min(count / (8 * threads), 4 * P::kRows), 1);
+#pragma omp for schedule(dynamic, share)
+      for (int64_t r = 0; r < count; ++r) {
+        Element* row = filled_ + r * ld;
+        prefetch_row<P>(row + ld, ld);
+        if constexpr (P::kQuantized) {
+          scales[r] = source_(first + r, row);
+        } else {
+          source_(first + r, row);
+        }
+        pad_row<P>(row, k_);
+      }
+    }
+  }
+
+  const Element* rows = nullptr;
+  int64_t ld = 0;
+  float* scales = nullptr;  // of quantised rows
+
+ private:
+  const Source& source_;
+  const int64_t m_, k_, block_;
+  Element* filled_ = nullptr;
+};
 
 // Lays arrays out in one block of memory; from a null base it only counts.
 struct Carver {

@@ -13,6 +13,7 @@
 // Bytes times an int8 weight, into which the caller has folded both, are a product of integers:
 // the patch is exact, and only the weight was rounded.
 
+#include "epilogues.h"
 #include "pixels.h"
 #include "product.h"
 #include "rows.h"
@@ -207,10 +208,15 @@ struct AddPosition {
   }
 
   void operator()(const float* tile, int64_t row, int64_t rows, int64_t col, int64_t cols) const {
-    if (cols == kPanel && pos_embed && pos_embed->dtype == out.dtype) {
-      if (out.dtype == DType::kF32) return whole<float>(tile, row, rows, col);
-      return whole<bf16>(tile, row, rows, col);
-    }
+    const bool done =
+        pos_embed && pos_embed->dtype == out.dtype && if_whole(cols, [&](auto vectors) {
+          if (out.dtype == DType::kF32) {
+            whole<vectors, float>(tile, row, rows, col);
+          } else {
+            whole<vectors, bf16>(tile, row, rows, col);
+          }
+        });
+    if (done) return;
     int64_t sample = row / count, patch = row % count;
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t to = offset(sample, patch) + col;
@@ -226,18 +232,18 @@ struct AddPosition {
   }
 
   // As `Activate::whole`.
-  template <class T>
+  template <int kCount, class T>
   void whole(const float* tile, int64_t row, int64_t rows, int64_t col) const {
-    f32v b[kVectors];
+    f32v b[kCount];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) b[j] = load(bias + col + j * kLanes);
+    for (int j = 0; j < kCount; ++j) b[j] = load(bias + col + j * kLanes);
     int64_t sample = row / count, patch = row % count;
     for (int64_t i = 0; i < rows; ++i, tile += kPanel) {
       const T* position =
           static_cast<const T*>(pos_embed->data) + patch * pos_embed->stride[0] + col;
       T* to = static_cast<T*>(out.data) + offset(sample, patch) + col;
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) {
+      for (int j = 0; j < kCount; ++j) {
         const f32v y = load(tile + j * kLanes) + b[j];
         store(to + j * kLanes, y + load(position + j * kLanes));
       }

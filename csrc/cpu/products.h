@@ -20,8 +20,9 @@ namespace fastvit::cpu::FASTVIT_ISA {
 // What the loops around a micro-kernel of vectors know of it.
 struct ByVectors {
   static constexpr bool kTiles = false;
-  static constexpr int kRows = 6;   // rows that it finishes at once
-  static constexpr int kSteps = 1;  // steps that it takes at once
+  static constexpr int kRows = 6;          // rows that it finishes at once
+  static constexpr int kWidth = kVectors;  // vectors of columns, of a panel
+  static constexpr int kSteps = 1;         // steps that it takes at once
   // What packing a panel costs, in rows of product (measured: 10 on Zen 5, 4.5 on Zen 4, whose
   // products take twice as long).
   static constexpr double kPackRows = 10;
@@ -34,9 +35,8 @@ struct ByVectors {
 template <class P>
 struct ByTiles : P {
   static constexpr bool kTiles = true;
-  static constexpr int kRows = 32, kSteps = 16;
-  // Not measured: packing costs the same, and a row of product an eighth.
-  static constexpr double kPackRows = 8 * P::kPackRows;
+  static constexpr int kRows = 32, kWidth = 2, kSteps = 16;
+  static constexpr double kPackRows = 80;
   struct Registers {
     FASTVIT_INLINE_METHOD Registers() { amx::configure(); }
     FASTVIT_INLINE_METHOD ~Registers() { amx::release(); }

@@ -142,6 +142,9 @@ FASTVIT_INLINE void store_words(void* p, i32v v) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v));
 }
 // p * 2^n for whole n; underflows to zero.
+// x - floor(x), and 0 for infinities.
+FASTVIT_INLINE f32v fraction(f32v x) { return _mm512_maskz_reduce_ps(0xffff, x, 9); }
+// p * 2^floor(n)
 FASTVIT_INLINE f32v scale_by_power(f32v p, f32v n) { return _mm512_maskz_scalef_ps(0xffff, p, n); }
 constexpr float kLowestPower = -160.0f;
 
@@ -357,6 +360,20 @@ FASTVIT_INLINE float reduce_max(f32v v) {
 #endif
 
 FASTVIT_INLINE float first_lane(f32v v) { return v[0]; }
+
+// Two vectors side by side.
+FASTVIT_INLINE void store_two(float* p, f32v a, f32v b) {
+  store(p, a);
+  store(p + kLanes, b);
+}
+FASTVIT_INLINE void store_two(bf16* p, f32v a, f32v b) {
+#if defined(__AVX512BF16__)
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+#else
+  store(p, a);
+  store(p + kLanes, b);
+#endif
+}
 
 constexpr int kPanel = kVectors * kLanes;  // columns of a panel, the most a micro-kernel finishes
 

@@ -26,6 +26,18 @@ FASTVIT_INLINE f32v exp2(f32v x) {
 }
 
 // 2^x, relative error 7.5e-5: enough for a result that is rounded to bf16.
+#if defined(__AMX_TILE__) || defined(FASTVIT_AMX_STAND_IN)
+// Intel's cores take a subtraction and a maximum less this way: the fraction of -infinity is zero,
+// and the power is taken of x rounded down.
+FASTVIT_INLINE f32v exp2_bf16(f32v x) {
+  const f32v f = fraction(x);  // [0, 1)
+  f32v p = set1(7.8024516e-2f);
+  p = fmadd(p, f, set1(2.2606716e-1f));
+  p = fmadd(p, f, set1(6.9583354e-1f));
+  p = fmadd(p, f, set1(9.9992522e-1f));
+  return scale_by_power(p, x);
+}
+#else
 FASTVIT_INLINE f32v exp2_bf16(f32v x) {
   x = at_least(x, set1(kLowestPower));
   const f32v n = nearest(x);
@@ -36,6 +48,7 @@ FASTVIT_INLINE f32v exp2_bf16(f32v x) {
   p = fmadd(p, f, set1(9.9992807e-1f));
   return scale_by_power(p, n);
 }
+#endif
 
 constexpr float kLog2e = 1.44269504088896340736f;
 

@@ -20,13 +20,16 @@ struct Weight {
   const float* scale = nullptr;  // of an int8 weight's rows, padded to whole vectors
   const void* packed = nullptr;  // its panels (pack_weight.cpp)
 
-  int64_t panel_columns() const { return gated ? kPanel / 2 : kPanel; }
+  template <class P>
+  int64_t panel_columns() const {
+    return kLanes * P::kWidth / (gated ? 2 : 1);
+  }
 
   // Share `part` of `parts` of the rows behind the panel at column col, from k0 on.
   template <class P>
   Prefetch prefetch(int64_t col, int64_t k0, int64_t part, int64_t parts) const {
     if (col >= n) return {};
-    const int64_t cols = min(panel_columns(), n - col), size = bytes_of(dtype);
+    const int64_t cols = min(panel_columns<P>(), n - col), size = bytes_of(dtype);
     const int64_t share = ceil_div(gated ? 2 * cols : cols, parts);
     int64_t first = part * share, end = cols;
     if (gated && first >= cols) first += n - cols, end = n + cols;
@@ -38,7 +41,7 @@ struct Weight {
 // Of a panel of k steps' elements: rounded up to what packing writes.
 template <class P>
 static int64_t panel_elements(int64_t k) {
-  return (ceil_div(k, kLanes * P::kPair) * kLanes + P::kHasSums) * kPanel * P::kPair;
+  return (ceil_div(k, kLanes * P::kPair) * kLanes + P::kHasSums) * P::kWidth * kLanes * P::kPair;
 }
 
 // Columns col .. col + cols of the weight, packed.

@@ -45,6 +45,10 @@ static void load_tile(const void* rows, int64_t stride) {
   }
 }
 template <int T>
+static void stream_tile(const void* rows, int64_t stride) {
+  load_tile<T>(rows, stride);
+}
+template <int T>
 static void store_tile(void* rows, int64_t stride) {
   for (int i = 0; i < 16; ++i) {
     std::memcpy(static_cast<char*>(rows) + i * stride, tile(T).bytes[i], 64);
