@@ -6,11 +6,14 @@
 //       for each panel and chunk of K           its weights stay in L1
 //         for each group
 //           tile kernel: 32 x 32 tile           B from L1, A from L2
-//             meanwhile: epilogue(the tile before), fetch rows of the next set
+//             meanwhile: epilogue(the tile before)
 //
 // Why so: a core multiplies 16 times as fast by tiles as by vectors, but L3 is no faster. Each
 // byte of A that comes from L3 meets all columns of a strip, each byte of B from L2 all rows of a
 // set; and an epilogue after the product, not beside it, would take as long again.
+//
+// Where K is large, strips and sets would be narrow. Then the chunks of K come first, for all of
+// the above, and what all tiles have summed so far waits in L3.
 
 #pragma once
 
@@ -38,16 +41,19 @@ class TileProduct {
     const CacheSizes& caches = cache_sizes();
     constexpr int64_t size = sizeof(Element);
 
-    panel_size_ = panel_elements<P>(w_.k);
+    const int64_t most_k = caches.l1d * 2 / 3 / (P::kWidth * kLanes * size);
+    chunks_ = max(ceil_div(w_.k, most_k), 1);
+    chunk_ = max(round_up(ceil_div(w_.k, chunks_), kDepth), kDepth);
+    chunks_ = max(ceil_div(w_.k, chunk_), 1);
+    const int64_t set_bytes = caches.l2 / 4;
+    chunks_first_ = set_bytes / (kRows * a_.ld * size) < kLeastGroups;
+    groups_ = max(set_bytes / (kRows * (chunks_first_ ? chunk_ : a_.ld) * size), 1);
+
     panels_ = ceil_div(w_.n, w_.panel_columns<P>());
+    panel_size_ = panel_elements<P>(chunks_first_ ? chunk_ : w_.k);
     const int64_t most_panels = max(caches.l2 * 3 / 8 / (panel_size_ * size), 1);
     const int64_t strips = min(round_up(ceil_div(panels_, most_panels), threads), panels_);
     wide_ = ceil_div(panels_, strips);
-
-    const int64_t most_k = caches.l1d * 2 / 3 / (P::kWidth * kLanes * size);
-    chunks_ = max(ceil_div(w_.k, most_k), 1);
-    chunk_ = round_up(ceil_div(w_.k, chunks_), kDepth);
-    groups_ = max(caches.l2 / 4 / (kRows * a_.ld * size), 1);
 
     tasks_ = Tasks::of<P>(min(block_rows_, m_), ceil_div(panels_, wide_), threads,
                           w_.packed ? 0 : P::kPackRows);
@@ -73,11 +79,12 @@ class TileProduct {
   using Element = typename P::Element;
 
   static constexpr int64_t kRows = P::kRows, kDepth = P::kSteps * P::kPair;
+  static constexpr int64_t kLeastGroups = 4;  // of a set
 
   // One thread's memory.
   struct Worker {
     Element* panels;
-    float* tiles;   // one, or one for each group of a set, two side by side
+    float* tiles;   // two side by side
     float* scales;  // of gated panels' columns
     int64_t bytes;  // of all of these
   };
@@ -86,7 +93,9 @@ class TileProduct {
     Carver take{base};
     Worker w;
     w.panels = take.array<Element>(w_.packed ? 0 : wide_ * panel_size_);
-    w.tiles = take.array<float>(ceil_div(chunks_ > 1 ? groups_ : 1, 2) * kRows * kPanel);
+    const int64_t rows = tasks_.whole ? tasks_.rows : tasks_.piece_rows;
+    const int64_t tiles = chunks_first_ ? ceil_div(rows, kRows) * wide_ : chunks_ > 1 ? groups_ : 1;
+    w.tiles = take.array<float>(ceil_div(tiles, 2) * kRows * kPanel);
     w.scales = take.array<float>(P::kQuantized && w_.gated ? wide_ * P::kWidth * kLanes : 0);
     w.bytes = take.used;
     return w;
@@ -106,12 +115,8 @@ class TileProduct {
     const Epilogue& epilogue;
     Tile done;           // the tile before
     int64_t step;        // rows of a tile in a share
-    Tiles touched = {};  // what this tile's epilogue will touch: into L1, for writing
+    Tiles touched = {};  // what the next visits will touch: into L1, for writing
     int64_t row = 0, touched_rows = 0;
-    const char* soon = nullptr;  // rows of A for later: into L2
-    const char* soon_end = nullptr;
-    int64_t share = 0;  // bytes of them
-
     Meanwhile(const Epilogue& each, const Tile& before, int64_t visits)
         : epilogue(each), done(before), step(ceil_div(kRows, visits)) {}
 
@@ -123,10 +128,6 @@ class TileProduct {
             __builtin_prefetch(tile.rows + row * tile.ld + b, 1, 3);
           }
         }
-      }
-      if (soon < soon_end) {
-        for (int64_t b = 0; b < share; b += 64) __builtin_prefetch(soon + b, 0, 2);
-        soon += share;
       }
       if (done.first < done.rows) finish(epilogue, done, step);
     }
@@ -158,62 +159,64 @@ class TileProduct {
     if (begin >= end) return;
 
     Tile done;
-    for (int64_t set = begin; set < end; set += groups_ * kRows) {
-      const int64_t set_end = min(set + groups_ * kRows, end);
-      for (int64_t p = first; p < last; ++p) {
-        const int64_t col = p * columns, cols = min(columns, w_.n - col);
-        const Element* panel = static_cast<const Element*>(w_.packed) + p * panel_size_;
-        if (w_.packed == nullptr) {
-          Element* to = worker.panels + (p - first) * panel_size_;
-          if (set == begin) pack_panel<P>(w_, col, cols, 0, w_.k, to);
-          panel = to;
-        }
-        const int64_t vectors = ceil_div(cols, kLanes) * (w_.gated ? 2 : 1);
-        float* room = worker.scales + (p - first) * P::kWidth * kLanes;
-        const float* scales = panel_scales<P>(w_, col, cols, room);
-        for (int64_t c = 0; c < chunks_; ++c) {
-          const int64_t k0 = c * chunk_, k = max(min(chunk_, w_.k - k0), 0);
-          const int64_t blocks = ceil_div(k, kDepth);
-          for (int64_t r = set; r < set_end; r += kRows) {
-            Tile tile;
-            const int64_t slot = chunks_ > 1 ? (r - set) / kRows : 0;
-            tile.at = worker.tiles + slot / 2 * kRows * kPanel + slot % 2 * kPanel / 2;
-            tile.row = block + r, tile.rows = min(kRows, end - r);
-            tile.col = col, tile.cols = cols, tile.vectors = vectors;
-            if constexpr (P::kQuantized) tile.row_scales = a_.scales + r;
-            tile.column_scales = scales;
+    for (int64_t outer = 0; outer < (chunks_first_ ? chunks_ : 1); ++outer) {
+      const int64_t first_chunk = outer, last_chunk = chunks_first_ ? outer + 1 : chunks_;
+      for (int64_t set = begin; set < end; set += groups_ * kRows) {
+        const int64_t set_end = min(set + groups_ * kRows, end);
+        for (int64_t p = first; p < last; ++p) {
+          const int64_t col = p * columns, cols = min(columns, w_.n - col);
+          const int64_t vectors = ceil_div(cols, kLanes) * (w_.gated ? 2 : 1);
+          const int64_t first_k = first_chunk * chunk_;
+          const Element* panel;  // from first_k on
+          if (w_.packed) {
+            panel = static_cast<const Element*>(w_.packed) + p * panel_elements<P>(w_.k) +
+                    first_k * vectors * kLanes;
+          } else {
+            Element* to = worker.panels + (p - first) * panel_size_;
+            const int64_t k = chunks_first_ ? min(chunk_, w_.k - first_k) : w_.k;
+            if (set == begin) pack_panel<P>(w_, col, cols, first_k, k, to);
+            panel = to;
+          }
+          float* room = worker.scales + (p - first) * P::kWidth * kLanes;
+          const float* scales = panel_scales<P>(w_, col, cols, room);
+          for (int64_t c = first_chunk; c < last_chunk; ++c) {
+            const int64_t k0 = c * chunk_, blocks = ceil_div(min(chunk_, w_.k - k0), kDepth);
+            for (int64_t r = set; r < set_end; r += kRows) {
+              const auto at = [&](int64_t row) {
+                int64_t slot = 0;
+                if (chunks_first_) {
+                  slot = (row - begin) / kRows * wide_ + p - first;
+                } else if (chunks_ > 1) {
+                  slot = (row - set) / kRows;
+                }
+                return worker.tiles + slot / 2 * kRows * kPanel + slot % 2 * kPanel / 2;
+              };
+              Tile tile;
+              tile.at = at(r);
+              tile.row = block + r, tile.rows = min(kRows, end - r);
+              tile.col = col, tile.cols = cols, tile.vectors = vectors;
+              if constexpr (P::kQuantized) tile.row_scales = a_.scales + r;
+              tile.column_scales = scales;
 
-            const int64_t visits = max(2 * blocks, 1);
-            Meanwhile meanwhile(epilogue_, done, visits);
-            if (c + 1 == chunks_) {
-              epilogue_.prefetch(tile.row, col, meanwhile.touched);
+              Meanwhile meanwhile(epilogue_, done, max(2 * blocks, 1));
               meanwhile.touched_rows = tile.rows;
+              if (c + 1 == chunks_) epilogue_.prefetch(tile.row, col, meanwhile.touched);
+              if (chunks_first_ && r + kRows < set_end) {
+                meanwhile.touched[2] = {reinterpret_cast<const char*>(at(r + kRows)),
+                                        kPanel * sizeof(float), P::kWidth * kLanes * sizeof(float)};
+              }
+              // The last visit sees the end of it, so the tile may be stored in the same place.
+              if (blocks == 0) finish(epilogue_, meanwhile.done, kRows);
+              tile_kernel_for<P, Meanwhile>(tile.rows, vectors)(
+                  blocks, a_.rows + r * a_.ld + k0, a_.ld,
+                  panel + (k0 - first_k) * vectors * kLanes, tile.at, kPanel, c > 0, meanwhile);
+              done = c + 1 == chunks_ ? tile : Tile{};
             }
-            fetch(meanwhile, r + groups_ * kRows, end, (p - first) * chunks_ + c,
-                  (last - first) * chunks_, visits);
-            // The last visit sees the end of it, so the tile may be stored in the same place.
-            if (blocks == 0) finish(epilogue_, meanwhile.done, kRows);
-            tile_kernel_for<P, Meanwhile>(tile.rows, vectors)(blocks, a_.rows + r * a_.ld + k0,
-                                                              a_.ld, panel + k0 * vectors * kLanes,
-                                                              tile.at, kPanel, c > 0, meanwhile);
-            done = c + 1 == chunks_ ? tile : Tile{};
           }
         }
       }
     }
     finish(epilogue_, done, kRows);
-  }
-
-  // Part `part` of `parts` of the group of rows that begins at row r.
-  void fetch(Meanwhile& meanwhile, int64_t r, int64_t end, int64_t part, int64_t parts,
-             int64_t visits) const {
-    if (r >= end) return;
-    const char* rows = reinterpret_cast<const char*>(a_.rows + r * a_.ld);
-    const int64_t bytes = min(kRows, end - r) * a_.ld * static_cast<int64_t>(sizeof(Element));
-    const int64_t each = round_up(ceil_div(bytes, parts), 64), from = min(part * each, bytes);
-    meanwhile.soon = rows + from;
-    meanwhile.soon_end = rows + min(from + each, bytes);
-    meanwhile.share = round_up(ceil_div(each, visits), 64);
   }
 
   const int64_t m_;
@@ -225,6 +228,7 @@ class TileProduct {
   int64_t panels_ = 0, panel_size_ = 0, wide_ = 0;  // of all columns; elements; of a strip
   int64_t chunks_ = 0, chunk_ = 0;                  // of K, and the elements of one
   int64_t groups_ = 0;                              // of a set
+  bool chunks_first_ = false;
 };
 
 }  // namespace fastvit::cpu::FASTVIT_ISA

@@ -38,7 +38,7 @@ def test_head_dims(isa: str, dtype: torch.dtype, dim: int) -> None:
     check(*qkv(2, 37, 50, 3, dim, dtype), None, dtype)
 
 
-@pytest.mark.parametrize("queries,keys", [(1, 577), (577, 1), (7, 1031), (500, 16), (3, 2600)])
+@pytest.mark.parametrize("queries,keys", [(1, 577), (577, 1), (7, 1031), (500, 16), (3, 2600), (70, 2600)])
 def test_cross_attention_and_several_key_chunks(isa: str, dtype: torch.dtype, queries: int, keys: int) -> None:
     check(*qkv(1, queries, keys, 1, 128, dtype), None, dtype)
 

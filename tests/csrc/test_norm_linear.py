@@ -40,6 +40,11 @@ def test_widths(isa: str, dtype: torch.dtype, n: int, k: int) -> None:
     check(23, n, k, dtype)
 
 
+def test_long_rows(isa: str, dtype: torch.dtype) -> None:
+    # By AMX tiles the chunks of k come first here: several, of several sets of rows.
+    check(700, 40, 2600, dtype)
+
+
 @pytest.mark.parametrize("hidden", [1, 16, 37, 96, 100])
 def test_swiglu_widths(isa: str, dtype: torch.dtype, hidden: int) -> None:
     check(77, 2 * hidden, 65, dtype, "swiglu")
