@@ -99,6 +99,7 @@ def roofline(rows: list[Row], path: Path, machine: str) -> None:
         upper.set(yscale="log", ylim=(floor, 1.6))
         lower.set(ylim=(_CORNER, 1.04), xlabel="operations per byte of inputs, weights and output")
         lower.axhline(1.0, color=_INK, linewidth=1.2)
+        lower.set_visible(bool(near))
         for axes, points, steps in ((upper, chosen, (1,)), (lower, near, (1, 2, 5))):
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=steps, numticks=20))

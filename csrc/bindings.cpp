@@ -66,8 +66,10 @@ double copy_bandwidth(int num_threads, double seconds) {
 }
 
 std::vector<std::string> x86_levels(uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t leaf7_ecx,
-                                    uint32_t leaf7_edx, uint32_t leaf7_1_eax, uint64_t xcr0) {
-  return cpu::levels(cpu::X86Words{leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_edx, leaf7_1_eax, xcr0});
+                                    uint32_t leaf7_edx, uint32_t leaf7_1_eax, uint64_t xcr0,
+                                    uint32_t leaf0_ebx) {
+  return cpu::levels(
+      cpu::X86Words{leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_edx, leaf7_1_eax, xcr0, leaf0_ebx});
 }
 
 std::vector<std::string> arm64_levels(uint64_t hwcap, uint64_t hwcap2) {
@@ -161,7 +163,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_isas", &cpu::supported_isas, "Instruction sets of this machine, best last.");
   m.def("set_isa", &cpu::set_isa, py::arg("name"), "Use another supported instruction set.");
   m.def("x86_levels", &x86_levels, py::arg("leaf1_ecx"), py::arg("leaf7_ebx"), py::arg("leaf7_ecx"),
-        py::arg("leaf7_edx"), py::arg("leaf7_1_eax"), py::arg("xcr0"),
+        py::arg("leaf7_edx"), py::arg("leaf7_1_eax"), py::arg("xcr0"), py::arg("leaf0_ebx") = 0,
         "The levels that an x86-64 machine supports, from its CPUID and XCR0 words.");
   m.def("arm64_levels", &arm64_levels, py::arg("hwcap"), py::arg("hwcap2"),
         "The levels that an arm64 machine supports, from its AT_HWCAP and AT_HWCAP2 words.");

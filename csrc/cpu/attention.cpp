@@ -8,14 +8,16 @@
 //
 //   for each chunk of keys                  one chunk for most ViTs; sized for L2
 //     pack K and V of the chunk
-//     for each group of 6 query rows
-//       scores (6 x chunk, L1) = q k^T      q where it lies, if it has the dtype of the product
-//       softmax in f32, online over chunks: running maximum and sum per row
-//       output (6 x head_dim) = rescaled output + p v, divided by the sum after the last chunk
+//     for each group of query rows          6 by vectors, 32 by AMX tiles
+//       for each span of the chunk          all of it by vectors; sized for L1 by tiles
+//         scores (rows x span) = q k^T      q where it lies, if it has the dtype of the product
+//         softmax in f32, online            running maximum and sum per row
+//         output (rows x head_dim) = rescaled output + p v
+//       after the last chunk: output / sum
 //
-// The N x N matrix never exists: the widest thing is 6 rows of one chunk. Probabilities are used
-// unnormalised, in [0, 1], so rounding them to bf16 costs one relative rounding; the division by
-// their f32 sum comes last. A row whose scores are all -inf gives zeros.
+// The N x N matrix never exists: the widest thing is a group's rows of one span. Probabilities are
+// used unnormalised, in [0, 1], so rounding them to bf16 costs one relative rounding; the division
+// by their f32 sum comes last. A row whose scores are all -inf gives zeros.
 
 #include "norm.h"
 #include "product.h"

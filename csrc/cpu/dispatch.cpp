@@ -1,12 +1,10 @@
 // The dispatch table: every level that was compiled, looked up in what the machine supports.
 // FASTVIT_CPU_ISA chooses another.
 //
-// The build defines FASTVIT_LEVELS(X) as X(level) X(level) ... of the levels that it compiled, from
-// the plainest to the best.
+// The build defines FASTVIT_LEVELS(X) as X(level) X(level) ... of the levels that it compiled.
 
 #include "dispatch.h"
 
-#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -49,12 +47,11 @@ constexpr Level kCompiled[] = {FASTVIT_LEVELS(FASTVIT_ENTRY)};
 class Table {
  public:
   Table() {
-    const std::vector<std::string> machine = machine_levels();
-    for (const Level& level : kCompiled) {
-      const std::string name = level.name;
-      if (std::find(machine.begin(), machine.end(), name) == machine.end()) continue;
+    for (const std::string& name : machine_levels()) {
       if (name == "amx" && !tile_registers_granted()) continue;
-      levels_.push_back(&level);
+      for (const Level& level : kCompiled) {
+        if (name == level.name) levels_.push_back(&level);
+      }
     }
     const char* wanted = std::getenv("FASTVIT_CPU_ISA");
     if (wanted != nullptr && *wanted != 0) {

@@ -12,6 +12,7 @@ namespace fastvit::cpu {
 struct X86Words {
   uint32_t leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_edx, leaf7_1_eax;
   uint64_t xcr0;
+  uint32_t leaf0_ebx;  // the first letters of the vendor
 };
 
 // AT_HWCAP and AT_HWCAP2 of Linux on arm64.

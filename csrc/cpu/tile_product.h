@@ -79,12 +79,12 @@ class TileProduct {
   using Element = typename P::Element;
 
   static constexpr int64_t kRows = P::kRows, kDepth = P::kSteps * P::kPair;
-  static constexpr int64_t kLeastGroups = 4;  // of a set
+  static constexpr int64_t kLeastGroups = 4;  // of a set that holds all k
 
   // One thread's memory.
   struct Worker {
     Element* panels;
-    float* tiles;   // two side by side
+    float* tiles;   // two side by side, as wide as kPanel
     float* scales;  // of gated panels' columns
     int64_t bytes;  // of all of these
   };
@@ -101,10 +101,11 @@ class TileProduct {
     return w;
   }
 
-  // A tile of results, of which rows first .. rows have yet to go through the epilogue.
+  // A tile of results, of which rows first .. rows have yet to go through the epilogue. In memory
+  // there is room for all kRows.
   struct Tile {
     float* at = nullptr;
-    int64_t row = 0, rows = 0, col = 0, cols = 0, vectors = 0;
+    int64_t row = 0, rows = 0, col = 0, cols = 0, vectors = 0;  // of the product
     const float* row_scales = nullptr;
     const float* column_scales = nullptr;
     int64_t first = 0;
@@ -117,6 +118,7 @@ class TileProduct {
     int64_t step;        // rows of a tile in a share
     Tiles touched = {};  // what the next visits will touch: into L1, for writing
     int64_t row = 0, touched_rows = 0;
+
     Meanwhile(const Epilogue& each, const Tile& before, int64_t visits)
         : epilogue(each), done(before), step(ceil_div(kRows, visits)) {}
 
@@ -152,7 +154,6 @@ class TileProduct {
   }
 
   void multiply(const Worker& worker, int64_t block, int64_t task) const {
-    const int64_t columns = w_.panel_columns<P>();
     const int64_t first = tasks_.strip(task) * wide_, last = min(first + wide_, panels_);
     const int64_t begin = tasks_.begin(task);
     const int64_t end = min(tasks_.end(task), min(block_rows_, m_ - block));
@@ -160,56 +161,26 @@ class TileProduct {
 
     Tile done;
     for (int64_t outer = 0; outer < (chunks_first_ ? chunks_ : 1); ++outer) {
-      const int64_t first_chunk = outer, last_chunk = chunks_first_ ? outer + 1 : chunks_;
+      const int64_t last_chunk = chunks_first_ ? outer + 1 : chunks_;
       for (int64_t set = begin; set < end; set += groups_ * kRows) {
         const int64_t set_end = min(set + groups_ * kRows, end);
         for (int64_t p = first; p < last; ++p) {
-          const int64_t col = p * columns, cols = min(columns, w_.n - col);
-          const int64_t vectors = ceil_div(cols, kLanes) * (w_.gated ? 2 : 1);
-          const int64_t first_k = first_chunk * chunk_;
-          const Element* panel;  // from first_k on
-          if (w_.packed) {
-            panel = static_cast<const Element*>(w_.packed) + p * panel_elements<P>(w_.k) +
-                    first_k * vectors * kLanes;
-          } else {
-            Element* to = worker.panels + (p - first) * panel_size_;
-            const int64_t k = chunks_first_ ? min(chunk_, w_.k - first_k) : w_.k;
-            if (set == begin) pack_panel<P>(w_, col, cols, first_k, k, to);
-            panel = to;
-          }
-          float* room = worker.scales + (p - first) * P::kWidth * kLanes;
-          const float* scales = panel_scales<P>(w_, col, cols, room);
-          for (int64_t c = first_chunk; c < last_chunk; ++c) {
-            const int64_t k0 = c * chunk_, blocks = ceil_div(min(chunk_, w_.k - k0), kDepth);
+          const Panel<P> panel = panel_of(worker, p, p - first, outer, set == begin);
+          for (int64_t c = outer; c < last_chunk; ++c) {
+            const Element* b = panel.data + (c - outer) * chunk_ * panel.vectors * kLanes;
             for (int64_t r = set; r < set_end; r += kRows) {
-              const auto at = [&](int64_t row) {
-                int64_t slot = 0;
-                if (chunks_first_) {
-                  slot = (row - begin) / kRows * wide_ + p - first;
-                } else if (chunks_ > 1) {
-                  slot = (row - set) / kRows;
-                }
-                return worker.tiles + slot / 2 * kRows * kPanel + slot % 2 * kPanel / 2;
-              };
               Tile tile;
-              tile.at = at(r);
               tile.row = block + r, tile.rows = min(kRows, end - r);
-              tile.col = col, tile.cols = cols, tile.vectors = vectors;
               if constexpr (P::kQuantized) tile.row_scales = a_.scales + r;
-              tile.column_scales = scales;
-
-              Meanwhile meanwhile(epilogue_, done, max(2 * blocks, 1));
-              meanwhile.touched_rows = tile.rows;
-              if (c + 1 == chunks_) epilogue_.prefetch(tile.row, col, meanwhile.touched);
-              if (chunks_first_ && r + kRows < set_end) {
-                meanwhile.touched[2] = {reinterpret_cast<const char*>(at(r + kRows)),
-                                        kPanel * sizeof(float), P::kWidth * kLanes * sizeof(float)};
+              const float* next = nullptr;
+              if (chunks_first_) {
+                const int64_t slot = (r - begin) / kRows * wide_ + p - first;
+                tile.at = slot_of(worker, slot);
+                if (r + kRows < set_end) next = slot_of(worker, slot + wide_);
+              } else {
+                tile.at = slot_of(worker, chunks_ > 1 ? (r - set) / kRows : 0);
               }
-              // The last visit sees the end of it, so the tile may be stored in the same place.
-              if (blocks == 0) finish(epilogue_, meanwhile.done, kRows);
-              tile_kernel_for<P, Meanwhile>(tile.rows, vectors)(
-                  blocks, a_.rows + r * a_.ld + k0, a_.ld,
-                  panel + (k0 - first_k) * vectors * kLanes, tile.at, kPanel, c > 0, meanwhile);
+              multiply_tile(a_.rows + r * a_.ld, panel, b, c, next, tile, done);
               done = c + 1 == chunks_ ? tile : Tile{};
             }
           }
@@ -217,6 +188,51 @@ class TileProduct {
       }
     }
     finish(epilogue_, done, kRows);
+  }
+
+  // Panel p, the i-th of a strip, from chunk `chunk` on; packed now, or before.
+  Panel<P> panel_of(const Worker& worker, int64_t p, int64_t i, int64_t chunk, bool pack) const {
+    const int64_t columns = w_.panel_columns<P>(), k0 = chunk * chunk_;
+    Panel<P> panel;
+    panel.col = p * columns, panel.cols = min(columns, w_.n - panel.col);
+    panel.vectors = ceil_div(panel.cols, kLanes) * (w_.gated ? 2 : 1);
+    panel.scales =
+        panel_scales<P>(w_, panel.col, panel.cols, worker.scales + i * P::kWidth * kLanes);
+    if (w_.packed) {
+      panel.data = static_cast<const Element*>(w_.packed) + p * panel_elements<P>(w_.k) +
+                   k0 * panel.vectors * kLanes;
+    } else {
+      Element* to = worker.panels + i * panel_size_;
+      const int64_t k = chunks_first_ ? min(chunk_, w_.k - k0) : w_.k;
+      if (pack) pack_panel<P>(w_, panel.col, panel.cols, k0, k, to);
+      panel.data = to;
+    }
+    return panel;
+  }
+
+  static float* slot_of(const Worker& worker, int64_t slot) {
+    return worker.tiles + slot / 2 * kRows * kPanel + slot % 2 * kPanel / 2;
+  }
+
+  // Chunk `chunk` of a tile: A from `rows` on, times b. Meanwhile `done`, the tile before, is
+  // finished, and the place of the `next` one is fetched.
+  void multiply_tile(const Element* rows, const Panel<P>& panel, const Element* b, int64_t chunk,
+                     const float* next, Tile& tile, const Tile& done) const {
+    const int64_t k0 = chunk * chunk_, blocks = ceil_div(min(chunk_, w_.k - k0), kDepth);
+    tile.col = panel.col, tile.cols = panel.cols, tile.vectors = panel.vectors;
+    tile.column_scales = panel.scales;
+
+    Meanwhile meanwhile(epilogue_, done, max(2 * blocks, 1));
+    meanwhile.touched_rows = tile.rows;
+    if (chunk + 1 == chunks_) epilogue_.prefetch(tile.row, tile.col, meanwhile.touched);
+    if (next != nullptr) {
+      meanwhile.touched[2] = {reinterpret_cast<const char*>(next), kPanel * sizeof(float),
+                              P::kWidth * kLanes * sizeof(float)};
+    }
+    // The last visit sees the end of it, so the tile may be stored in the same place.
+    if (blocks == 0) finish(epilogue_, meanwhile.done, kRows);
+    tile_kernel_for<P, Meanwhile>(tile.rows, tile.vectors)(blocks, rows + k0, a_.ld, b, tile.at,
+                                                           kPanel, chunk > 0, meanwhile);
   }
 
   const int64_t m_;

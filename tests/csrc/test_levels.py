@@ -61,6 +61,16 @@ def test_levels_of_x86(words: tuple[int, ...], without: list[str]) -> None:
     assert _C.x86_levels(*words) == [level for level in X86 if level not in without]
 
 
+@pytest.mark.parametrize("words", [COOPER_LAKE, SAPPHIRE_RAPIDS, (*SAPPHIRE_RAPIDS[:-1], 0xE7)])
+def test_bf16_dot_products_are_the_lesser_level_where_they_are_slow(words: tuple[int, ...]) -> None:
+    intel, amd = (int.from_bytes(vendor, "little") for vendor in (b"Genu", b"Auth"))
+    levels = _C.x86_levels(*words, leaf0_ebx=intel)
+    assert levels.index("avx512_bf16") < levels.index("avx512_vnni")
+    assert sorted(levels) == sorted(_C.x86_levels(*words, leaf0_ebx=amd))
+    assert _C.x86_levels(*words, leaf0_ebx=amd) == _C.x86_levels(*words)
+    assert _C.x86_levels(*ICE_LAKE, leaf0_ebx=intel) == _C.x86_levels(*ICE_LAKE)
+
+
 @pytest.mark.parametrize(
     "xcr0, without",
     [
@@ -135,6 +145,8 @@ def test_supported_levels_go_from_the_plainest_to_the_best() -> None:
     supported = _C.supported_isas()
     known = X86 if supported[0] == "scalar" else ARM64
     assert supported[0] == known[0]
+    if "avx512_bf16" in supported[:-1] and supported.index("avx512_bf16") < supported.index("avx512_vnni"):
+        known = [*X86[:4], "avx512_bf16", "avx512_vnni", "amx"]  # Intel
     assert supported == [level for level in known if level in supported]
     assert _C.isa() in supported
 
