@@ -36,7 +36,7 @@ template <class P>
 struct ByTiles : P {
   static constexpr bool kTiles = true;
   static constexpr int kRows = 32, kWidth = 2, kSteps = 16;
-  static constexpr double kPackRows = 80;
+  static constexpr double kPackRows = 80;  // packing costs the same, and a row of product an eighth
   struct Registers {
     FASTVIT_INLINE_METHOD Registers() { amx::configure(); }
     FASTVIT_INLINE_METHOD ~Registers() { amx::release(); }
@@ -136,8 +136,6 @@ struct VectorBF16 : FloatAccumulators {
 using VectorBF16 = ProductF32;  // without the instruction, bf16 inputs are multiplied as f32
 #endif
 
-// What linear layers use. Attention stays with vectors: its products are short and narrow, it reads
-// queries where they lie, unpadded, and shares its rows with the softmax.
 #if defined(FASTVIT_TILES)
 struct ProductBF16 : ByTiles<VectorBF16> {
   template <int C, int A, int B>

@@ -51,7 +51,7 @@ class TileProduct {
 
     panels_ = ceil_div(w_.n, w_.panel_columns<P>());
     panel_size_ = panel_elements<P>(chunks_first_ ? chunk_ : w_.k);
-    const int64_t most_panels = max(caches.l2 * 3 / 8 / (panel_size_ * size), 1);
+    const int64_t most_panels = max(caches.l2 * 3 / 8 / max(panel_size_ * size, 1), 1);
     const int64_t strips = min(round_up(ceil_div(panels_, most_panels), threads), panels_);
     wide_ = ceil_div(panels_, strips);
 
