@@ -153,7 +153,7 @@ class Attention {
     held_ = chunks > 1 ? block_ : P::kRows;
     const int64_t blocks = ceil_div(queries_, block_);
 
-    ldq_ = row_bytes(round_up(head_dim_, kDepth) * sizeof(Element)) / sizeof(Element);
+    ldq_ = row_bytes(padded(head_dim_) * sizeof(Element)) / sizeof(Element);
     lds_ = row_bytes(span_ * sizeof(float)) / sizeof(float);
     ldp_ = lds_ * static_cast<int64_t>(sizeof(float) / sizeof(Element));
     const int64_t worker_bytes = carve(nullptr).bytes;
@@ -178,7 +178,7 @@ class Attention {
     Carver take{base};
     Worker<P> w;
     w.q = take.array<Element>((!in_place_ ? block_ : P::kTiles ? P::kRows : 0) * ldq_);
-    w.k = take.array<Element>(round_up(head_dim_, kDepth) * chunk_);
+    w.k = take.array<Element>(padded(head_dim_) * chunk_);
     w.v = take.array<Element>(chunk_ * ldo_);
     w.scores = take.array<float>(P::kRows * lds_);
     w.out = take.array<float>(held_ * ldo_);
@@ -188,6 +188,9 @@ class Attention {
     w.bytes = take.used;
     return w;
   }
+
+  // Keys, or elements of a head, and the zeros behind them that a product reads.
+  static int64_t padded(int64_t count) { return round_up(count, kDepth); }
 
   static int64_t at(const View& view, int64_t sample, int64_t token, int64_t head) {
     return sample * view.stride[0] + token * view.stride[1] + head * view.stride[2];
@@ -267,7 +270,7 @@ class Attention {
       for (; d < head_dim_; d += kLanes) {  // a short vector loads zeros
         store(row + d, q.load_at(offset + d, head_dim_ - d));
       }
-      for (; d < round_up(head_dim_, kDepth); d += kLanes) store(row + d, zero());
+      for (; d < padded(head_dim_); d += kLanes) store(row + d, zero());
     }
   }
 
@@ -277,7 +280,7 @@ class Attention {
     const Panels<P> panels(keys);
     for (int64_t i = 0; i < panels.count; ++i) {
       const int64_t key = panels.first(i) * kLanes, vectors = panels.width(i);
-      Element* panel = w.k + key * round_up(head_dim_, kDepth);
+      Element* panel = w.k + key * padded(head_dim_);
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t first = key + v * kLanes, left = keys - first;
         pack_columns<P>(args_.k.data, args_.k.dtype, at(args_.k, sample, k0 + first, head),
@@ -297,8 +300,8 @@ class Attention {
   template <class T>
   void pack_values(const Worker<P>& w, const T* rows, int64_t first, int64_t left) const {
     const int64_t ld = args_.v.stride[1];
-    const int64_t keys = min(left, kLanes),
-                  end = left > kLanes ? keys : padded(first + keys) - first;
+    const int64_t keys = min(left, kLanes);
+    const int64_t end = left > kLanes ? keys : padded(first + keys) - first;
     for (int64_t key = 0; key < end; key += P::kPair) {
       const bool exists = key < keys;
       const T* row = exists ? rows + key * ld : rows;
@@ -319,9 +322,6 @@ class Attention {
   Element* value_panel(const Worker<P>& w, int64_t i) const {
     return w.v + panels_.first(i) * kLanes * chunk_;
   }
-
-  // Keys, or elements of a head, and the zeros behind them that a product reads.
-  static int64_t padded(int64_t count) { return round_up(count, kDepth); }
 
   void score(const Worker<P>& w, const Group<P>& group, const Keys& span) const {
     const Panels<P> panels(span.count);

@@ -4,8 +4,7 @@
 //     all threads: source fills the packed rows of A   LayerNorm, im2col, quantisation or a copy
 //                                                      happens here, unless they can be read where
 //                                                      they lie
-//     all threads: products of strips of panels        by vectors (vector_product.h) or by AMX
-//     tiles
+//     all threads: products of strips of panels        vector_product.h; tile_product.h for AMX
 //       epilogue(tile)                                 bias, activation, residual, store
 //
 // A product of few rows has a shorter way (few_rows.h).

@@ -8,7 +8,7 @@
 //           tile kernel: 32 x 32 tile           B from L1, A from L2
 //             meanwhile: epilogue(the tile before)
 //
-// Why so: a core multiplies 16 times as fast by tiles as by vectors, but L3 is no faster. Each
+// Why so: a core multiplies 15 times as fast by tiles as by vectors, but L3 is no faster. Each
 // byte of A that comes from L3 meets all columns of a strip, each byte of B from L2 all rows of a
 // set; and an epilogue after the product, not beside it, would take as long again.
 //
