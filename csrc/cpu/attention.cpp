@@ -64,8 +64,8 @@ struct Bias {
   }
 };
 
-// Columns, keys or head_dim, as panels. By vectors they are of nearly equal width: 80 becomes 48 +
-// 32, not 64 + 16, because a narrow panel has too few accumulators to hide the latency of a
+// Columns, keys or head_dim, as panels. Those of four vectors are of nearly equal width: 80 becomes
+// 48 + 32, not 64 + 16, because a narrow panel has too few accumulators to hide the latency of a
 // multiply-add.
 template <class P>
 struct Panels {
@@ -75,7 +75,7 @@ struct Panels {
       : vectors(ceil_div(columns, kLanes)), count(ceil_div(vectors, P::kWidth)) {}
 
   int64_t first(int64_t panel) const {
-    return P::kTiles ? min(panel * P::kWidth, vectors) : panel * vectors / count;
+    return P::kWidth <= 2 ? min(panel * P::kWidth, vectors) : panel * vectors / count;
   }
   int64_t width(int64_t panel) const { return first(panel + 1) - first(panel); }
 };
@@ -302,17 +302,16 @@ class Attention {
     const int64_t ld = args_.v.stride[1];
     const int64_t keys = min(left, kLanes);
     const int64_t end = left > kLanes ? keys : padded(first + keys) - first;
-    for (int64_t key = 0; key < end; key += P::kPair) {
-      const bool exists = key < keys;
-      const T* row = exists ? rows + key * ld : rows;
-      const T* next = key + 1 < keys ? row + ld : nullptr;
-      for (int64_t i = 0; i < panels_.count; ++i) {
-        const int64_t line = panels_.width(i) * kLanes * P::kPair;
-        Element* to = value_panel(w, i) + (first + key) / P::kPair * line;
-        for (int64_t d = panels_.first(i) * kLanes; d < panels_.first(i + 1) * kLanes;
-             d += kLanes, to += kLanes * P::kPair) {
+    for (int64_t i = 0; i < panels_.count; ++i) {
+      const int64_t begin = panels_.first(i) * kLanes, columns = panels_.width(i) * kLanes;
+      Element* to = value_panel(w, i) + first * columns;
+      for (int64_t key = 0; key < end; key += P::kPair) {
+        const bool exists = key < keys;
+        const T* row = (exists ? rows + key * ld : rows) + begin;
+        const T* next = key + 1 < keys ? row + ld : nullptr;
+        for (int64_t d = 0; d < columns; d += kLanes, to += kLanes * P::kPair) {
           const f32v units =
-              P::load_pairs(row + d, next ? next + d : nullptr, exists ? head_dim_ - d : 0);
+              P::load_pairs(row + d, next ? next + d : nullptr, exists ? head_dim_ - begin - d : 0);
           store(reinterpret_cast<float*>(to), units);
         }
       }

@@ -18,7 +18,7 @@ struct PrefetchTile {
   static constexpr int kUnroll = 8;
   // How many times kUnroll steps the tile's last row comes before the end: some 400 cycles, in
   // which it arrives from L3, and soon enough not to be gone again from L1.
-  static constexpr int kLead = 4;
+  static constexpr int kLead = 16 / kVectors;
 
   Tiles tiles = {};
 
@@ -40,13 +40,16 @@ struct Prefetch : PrefetchTile {
   const char* weights = nullptr;
   int64_t ld = 0, step = 0;  // bytes
   int64_t count = 0;
+  bool rows = true;  // false: another panel's kernel has fetched A
 
   template <class P, int MR>
   FASTVIT_INLINE_METHOD void at(int64_t s, int64_t steps, const typename P::Element* a,
                                 int64_t lda) const {
-    // A line holds twice kUnroll steps of a row: every other row now, the others next time.
-    const typename P::Element* next = a + (P::kRows + (s / kUnroll & 1)) * lda;
-    for (int i = 0; i < P::kRows; i += 2) __builtin_prefetch(next + i * lda, 0, 2);
+    if (rows) {
+      // A line holds twice kUnroll steps of a row: every other row now, the others next time.
+      const typename P::Element* next = a + (P::kRows + (s / kUnroll & 1)) * lda;
+      for (int i = 0; i < P::kRows; i += 2) __builtin_prefetch(next + i * lda, 0, 2);
+    }
     for (int64_t i = 0; i < count; ++i) __builtin_prefetch(weights + i * ld + s * step, 0, 2);
     PrefetchTile::at<P, MR>(s, steps, a, lda);
   }
@@ -97,7 +100,10 @@ static void micro_kernel(int64_t steps, const typename P::Element* a, int64_t ld
     for (int i = 0; i < MR; ++i) {
       const typename P::Unit x = P::broadcast(a + i * lda);
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) acc[i][j] = P::mac(x, line[j], acc[i][j]);
+      for (int j = 0; j < NV; ++j) {
+        acc[i][j] = P::mac(x, line[j], acc[i][j]);
+        if constexpr (P::kHoldsSums) FASTVIT_TOUCH(acc[i][j]);
+      }
     }
     a += P::kPair;
     b += NV * kLanes * P::kPair;

@@ -13,6 +13,15 @@ FASTVIT_INLINE int64_t row_bytes(int64_t bytes) {
   return (lines | 1) * 64;
 }
 
+// Whether rows `bytes` apart drive each other out of L1, when a micro-kernel reads kRows of them
+// side by side and B besides: their lines are in one set, which has a way for each page of the
+// cache.
+template <class P>
+static bool rows_collide(int64_t bytes) {
+  constexpr int64_t kPage = 4096;
+  return bytes % kPage == 0 && cache_sizes().l1d / kPage < 2 * P::kRows;
+}
+
 // The elements from one packed row of A, of k elements, to the next.
 template <class P>
 static int64_t packed_ld(int64_t k) {

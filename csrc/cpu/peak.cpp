@@ -5,17 +5,6 @@
 
 #include "product.h"
 
-// Makes the compiler believe that a vector register has changed.
-#if defined(__AVX512F__)
-#define FASTVIT_TOUCH(v) asm volatile("" : "+v"(v))
-#elif defined(__x86_64__)
-#define FASTVIT_TOUCH(v) asm volatile("" : "+x"(v))
-#elif defined(__aarch64__)
-#define FASTVIT_TOUCH(v) asm volatile("" : "+w"(v))
-#else
-#define FASTVIT_TOUCH(v) asm volatile("" : "+m"(v))
-#endif
-
 namespace fastvit::cpu::FASTVIT_ISA {
 namespace {
 

@@ -26,6 +26,9 @@ struct ByVectors {
   // What packing a panel costs, in rows of product (measured: 10 on Zen 5, 4.5 on Zen 4, whose
   // products take twice as long).
   static constexpr double kPackRows = 10;
+  // GCC would move sums from register to register where registers are few, and adds integers of
+  // several steps up before it adds them to a sum, for which no number of registers is enough.
+  static constexpr bool kHoldsSums = kVectors == 2;
   struct Registers {};  // what a thread holds that uses it
 };
 
@@ -226,6 +229,7 @@ struct ProductI8 : IntAccumulators {
   using Element = int16_t;
   static constexpr int kPair = 2;
   static constexpr bool kHasSums = false;
+  static constexpr bool kHoldsSums = true;
 
 #if defined(__AVX512F__)
   using Unit = __m512i;

@@ -1,4 +1,4 @@
-// The vector abstraction on arm64: simd.h includes it in place of its other vector types.
+// The vector abstraction on arm64: simd.h includes it.
 
 #pragma once
 
@@ -89,12 +89,16 @@ FASTVIT_INLINE void store_bytes(void* p, i32v v) {
 FASTVIT_INLINE void store_words(void* p, i32v v) {
   vst1_s16(static_cast<int16_t*>(p), vmovn_s32(v));
 }
-// p * 2^n for whole n; underflows to zero.
-FASTVIT_INLINE f32v scale_by_power(f32v p, f32v n) {
-  const int32x4_t exponent = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23);
-  const uint32x4_t scaled = vreinterpretq_u32_f32(vmulq_f32(p, vreinterpretq_f32_s32(exponent)));
-  return vreinterpretq_f32_u32(vbicq_u32(scaled, vcltq_f32(n, set1(-126.0f))));
-}
+// The whole number nearest to x, which is at least kLowestPower, as a power of two: 2^-127 is zero.
+struct Power {
+  f32v whole;
+
+  FASTVIT_INLINE_METHOD explicit Power(f32v x) : whole(nearest(x)) {}
+  FASTVIT_INLINE_METHOD f32v times(f32v p) const {
+    const int32x4_t biased = vaddq_s32(vcvtq_s32_f32(whole), vdupq_n_s32(127));
+    return vmulq_f32(p, vreinterpretq_f32_s32(vshlq_n_s32(biased, 23)));
+  }
+};
 constexpr float kLowestPower = -127.0f;
 
 FASTVIT_INLINE float reduce_add(f32v v) { return vaddvq_f32(v); }

@@ -1,6 +1,6 @@
 // The product by vectors.
 //
-//   all threads: for each strip of one or two panels     of the last strips, for pieces of the rows
+//   all threads: for each strip of one to four panels    of the last strips, for pieces of the rows
 //     for each chunk of K                                sized so that the packed panels stay in L2
 //       pack the panels' weights                         64 columns x kc each
 //       for each group of 6 rows and panel
@@ -39,9 +39,11 @@ static void vector_product(int64_t m, const Weight& w, int requested_threads, co
   const CacheSizes& caches = cache_sizes();
   constexpr int64_t kUnit = kLanes * P::kPair;
 
-  // K chunks: a packed panel takes 3/8 of L2; A, C and the weights being read need the rest.
-  const int64_t most_k =
-      max(caches.l2 * 3 / 8 / (kPanel * static_cast<int64_t>(sizeof(Element))), kUnit);
+  // K chunks: a packed panel, or four narrow ones, take 3/8 of L2; A, C and the weights being read
+  // need the rest.
+  constexpr int64_t kTogether = kPanel < 64 ? 4 : 1;
+  constexpr int64_t kColumnBytes = kTogether * kPanel * static_cast<int64_t>(sizeof(Element));
+  const int64_t most_k = max(caches.l2 * 3 / 8 / kColumnBytes, kUnit);
   const int64_t k_chunks = max(ceil_div(w.k, most_k), 1);
   const int64_t kc = round_up(ceil_div(w.k, k_chunks), kUnit);
 
@@ -51,7 +53,8 @@ static void vector_product(int64_t m, const Weight& w, int requested_threads, co
   const int64_t panel_size = panel_elements<P>(kc);
   // A task takes two panels where both stay in L2: A then comes from L3 half as often.
   const int64_t panel_bytes = panel_size * static_cast<int64_t>(sizeof(Element));
-  const int64_t wide = k_chunks == 1 && 2 * panel_bytes <= caches.l2 / 2 ? 2 : 1;
+  const bool two = k_chunks == 1 && 2 * panel_bytes <= caches.l2 / 2;
+  const int64_t wide = max(kTogether, two ? 2 : 1);
   const int64_t strips = ceil_div(w.n, wide * panel_columns);
   // Panels that lie ready are of all k.
   const auto* packed = k_chunks == 1 ? static_cast<const Element*>(w.packed) : nullptr;
@@ -64,7 +67,7 @@ static void vector_product(int64_t m, const Weight& w, int requested_threads, co
     Carver take{base};
     ProductWorker<P> worker;
     worker.panels = take.array<Element>(packed == nullptr ? wide * panel_size : 0);
-    worker.partial = take.array<float>(partial_rows * kPanel);
+    worker.partial = take.array<float>(partial_rows * kPanel * (k_chunks > 1 ? wide : 1));
     worker.scales = take.array<float>(P::kQuantized && w.gated ? wide * kPanel : 0);
     worker.bytes = take.used;
     return worker;
@@ -80,7 +83,7 @@ static void vector_product(int64_t m, const Weight& w, int requested_threads, co
 
   const auto run_task = [&](int64_t block, int64_t block_size, int64_t task,
                             const ProductWorker<P>& worker) {
-    Panel<P> panels[2];
+    Panel<P> panels[kPanel < 64 ? 4 : 2];
     int64_t count = 0;
     for (; count < wide; ++count) {
       const int64_t col = column(task, count);
@@ -108,15 +111,16 @@ static void vector_product(int64_t m, const Weight& w, int requested_threads, co
       }
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t r = begin + g * kRows, mr = min(kRows, end - r);
-        float* tile = worker.partial + (k_chunks > 1 ? g * kRows * kPanel : 0);
         for (int64_t i = 0; i < count; ++i) {
           const Panel<P>& p = panels[i];
+          float* tile = worker.partial + (k_chunks > 1 ? (g * wide + i) * kRows * kPanel : 0);
           // Tasks are handed out in order: a thread's next one is probably `threads` further on.
           Prefetch prefetch;
           if (packed == nullptr) {
             prefetch = next < w.k ? w.prefetch<P>(p.col, next, g, groups)
                                   : w.prefetch<P>(column(task + threads, i), 0, g, groups);
           }
+          prefetch.rows = kTogether == 1 || i == 0;
           if (k_chunks == 1) {  // more tiles than one are too many for L1
             prefetch.tiles[2] = {reinterpret_cast<const char*>(tile), kPanel * sizeof(float),
                                  p.vectors * kLanes * static_cast<int64_t>(sizeof(float))};

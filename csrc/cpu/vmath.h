@@ -14,15 +14,15 @@ namespace fastvit::cpu::FASTVIT_ISA {
 // 2^x, relative error 1.5e-7. Underflows to zero, so exp2(-inf) == 0; x <= 127 is required.
 FASTVIT_INLINE f32v exp2(f32v x) {
   x = at_least(x, set1(kLowestPower));
-  const f32v n = nearest(x);
-  const f32v f = x - n;  // [-0.5, 0.5]
+  const Power power(x);
+  const f32v f = x - power.whole;  // [-0.5, 0.5]
   f32v p = set1(1.3276472e-3f);
   p = fmadd(p, f, set1(9.6755419e-3f));
   p = fmadd(p, f, set1(5.5507131e-2f));
   p = fmadd(p, f, set1(2.4022120e-1f));
   p = fmadd(p, f, set1(6.9314694e-1f));
   p = fmadd(p, f, set1(1.0000001f));
-  return scale_by_power(p, n);
+  return power.times(p);
 }
 
 // 2^x, relative error 7.5e-5: enough for a result that is rounded to bf16.
@@ -40,13 +40,13 @@ FASTVIT_INLINE f32v exp2_bf16(f32v x) {
 #else
 FASTVIT_INLINE f32v exp2_bf16(f32v x) {
   x = at_least(x, set1(kLowestPower));
-  const f32v n = nearest(x);
-  const f32v f = x - n;  // [-0.5, 0.5]
+  const Power power(x);
+  const f32v f = x - power.whole;  // [-0.5, 0.5]
   f32v p = set1(5.5171667e-2f);
   p = fmadd(p, f, set1(2.4261112e-1f));
   p = fmadd(p, f, set1(6.9326099e-1f));
   p = fmadd(p, f, set1(9.9992807e-1f));
-  return scale_by_power(p, n);
+  return power.times(p);
 }
 #endif
 
