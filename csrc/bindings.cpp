@@ -113,6 +113,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("fingerprint", &fingerprint, py::arg("tensor"),
         "A hash of a tensor's memory, layout and some elements, which most changes change.");
+  m.def("kinds_of", &kinds_of, py::arg("arguments"),
+        "What checks of these arguments depend on, as bytes; None where that can't be told.");
   bind_prepared(m);
 
   m.def("patch_embed", &calls::patch_embed, Release(), py::arg("out"), py::arg("image"),

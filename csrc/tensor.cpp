@@ -52,15 +52,20 @@ struct Torch {
   PyObject* shape = PyUnicode_InternFromString("shape");
   PyObject* stride = PyUnicode_InternFromString("stride");
   PyObject* dtypes[kDTypes];
+  PyTypeObject* dtype_type;
 
   Torch() {
     const py::module_ torch = py::module_::import("torch");
     // The order of DType, with float16 from cuda/kernels.h.
     const char* names[] = {"float32", "bfloat16", "uint8", "float16", "int8"};
     for (int i = 0; i < kDTypes; ++i) dtypes[i] = py::object(torch.attr(names[i])).release().ptr();
-    const py::object kinds[] = {torch.attr("Tensor"), torch.attr("nn").attr("Parameter")};
-    for (int i = 0; i < 2; ++i) types[i] = reinterpret_cast<PyTypeObject*>(kinds[i].ptr());
-    const py::object capsule = py::getattr(kinds[0], "__dlpack_c_exchange_api__", py::none());
+    const auto type = [](const py::object& name) {
+      return reinterpret_cast<PyTypeObject*>(py::object(name).release().ptr());
+    };
+    types[0] = type(torch.attr("Tensor")), types[1] = type(torch.attr("nn").attr("Parameter"));
+    dtype_type = type(torch.attr("dtype"));
+    const py::object capsule =
+        py::getattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__", py::none());
     if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api") == 0) return;
     const auto* api =
         static_cast<const dlpack::Api*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -100,6 +105,54 @@ bool read_quickly(const Torch& torch, PyObject* t, View& view) {
   return true;
 }
 
+const Torch& torch_names() {
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Torch> once;
+  return once.call_once_and_store_result([] { return Torch(); }).get_stored();
+}
+
+template <class T>
+void append(std::string& out, char kind, const T& value) {
+  out += kind;
+  out.append(reinterpret_cast<const char*>(&value), sizeof value);
+}
+
+bool append_kind(const Torch& torch, PyObject* a, std::string& out) {
+  if (a == Py_None) {
+    out += 'n';
+  } else if (PyBool_Check(a)) {
+    out += a == Py_True ? 'T' : 'F';
+  } else if (PyFloat_CheckExact(a)) {
+    append(out, 'f', PyFloat_AS_DOUBLE(a));
+  } else if (PyLong_CheckExact(a)) {
+    int overflow = 0;
+    append(out, 'i', PyLong_AsLongLongAndOverflow(a, &overflow));
+    return overflow == 0;
+  } else if (PyUnicode_CheckExact(a)) {
+    Py_ssize_t size = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(a, &size);
+    if (text == nullptr) return PyErr_Clear(), false;
+    append(out, 's', size);
+    out.append(text, static_cast<size_t>(size));
+  } else if (Py_TYPE(a) == torch.dtype_type) {
+    append(out, 'd', a);  // there is one object of each
+  } else if (PyTuple_CheckExact(a) || PyList_CheckExact(a)) {
+    const Py_ssize_t size = PySequence_Fast_GET_SIZE(a);
+    append(out, PyTuple_CheckExact(a) ? '(' : '[', size);
+    for (Py_ssize_t i = 0; i < size; ++i) {
+      if (!append_kind(torch, PySequence_Fast_GET_ITEM(a, i), out)) return false;
+    }
+  } else {
+    View view{};
+    if (!read_quickly(torch, a, view)) return false;
+    out += 't';
+    out += static_cast<char>(view.dtype);
+    out += static_cast<char>(view.ndim);
+    out.append(reinterpret_cast<const char*>(view.size),
+               static_cast<size_t>(view.ndim) * sizeof(int64_t));
+  }
+  return true;
+}
+
 py::object checked(PyObject* result) {
   if (result == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(result);
@@ -124,8 +177,7 @@ void read_tuple(const py::object& source, int64_t* out) {
 }  // namespace
 
 View view_of(py::handle tensor) {
-  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Torch> once;
-  const Torch& torch = once.call_once_and_store_result([] { return Torch(); }).get_stored();
+  const Torch& torch = torch_names();
   PyObject* t = tensor.ptr();
   View view{};
   if (read_quickly(torch, t, view)) return view;
@@ -157,6 +209,13 @@ View view_of(py::handle tensor) {
                                 " has no memory: its storage was resized to nothing");
   }
   return view;
+}
+
+py::object kinds_of(py::tuple arguments) {
+  std::string kinds;
+  kinds.reserve(256);
+  if (!append_kind(torch_names(), arguments.ptr(), kinds)) return py::none();
+  return py::bytes(kinds);
 }
 
 uint64_t fingerprint(const View& view) {

@@ -12,6 +12,11 @@ namespace fastvit {
 // Throws std::invalid_argument for a dtype or a number of dimensions that no kernel takes.
 View view_of(pybind11::handle tensor);
 
+// What an operator's checks depend on, as bytes: of a plain tensor on the CPU its dtype and shape,
+// of None, numbers, strings, torch dtypes, and lists and tuples of these their values. None if an
+// argument is anything else, or a tensor without elements.
+pybind11::object kinds_of(pybind11::tuple arguments);
+
 // A hash of where an array lies, its dtype, sizes and strides, and at most 64 elements spread over
 // it: it tells apart the weights before and after anything that changes most of them, such as
 // `.data` written behind a version counter.

@@ -11,7 +11,16 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fastvit import reference
 from fastvit.ops import _backend, _checks, _int8
-from fastvit.ops._library import as_gradients, autocast_dtype, define, gradients_like, in_dtype, register, spread
+from fastvit.ops._library import (
+    as_gradients,
+    autocast_dtype,
+    define,
+    gradients_like,
+    in_dtype,
+    register,
+    remembered,
+    spread,
+)
 
 
 def norm_linear(
@@ -100,6 +109,9 @@ def _output(
     return x.new_empty((*x.shape[:-1], features), dtype=dtype or x.dtype)
 
 
+_empty = remembered(_output)
+
+
 def kernel(
     x: Tensor,
     weight: Tensor,
@@ -112,7 +124,7 @@ def kernel(
     dtype: torch.dtype | None,
     quantize: str | None,
 ) -> Tensor:
-    out = _output(x, weight, bias, norm_weight, norm_bias, norm, eps, activation, dtype, quantize)
+    out = _empty(x, weight, bias, norm_weight, norm_bias, norm, eps, activation, dtype, quantize)
     if out.numel() == 0:
         return out
     backend = _backend.choose(x, out.dtype, weight, bias, norm_weight, norm_bias)

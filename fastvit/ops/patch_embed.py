@@ -12,7 +12,16 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fastvit import reference
 from fastvit.ops import _backend, _checks, _int8
-from fastvit.ops._library import as_gradients, autocast_dtype, define, gradients_like, in_dtype, register, spread
+from fastvit.ops._library import (
+    as_gradients,
+    autocast_dtype,
+    define,
+    gradients_like,
+    in_dtype,
+    register,
+    remembered,
+    spread,
+)
 
 LAYOUTS = ("NCHW", "NHWC")
 
@@ -153,6 +162,9 @@ def _output(
     return weight.new_empty((batch, tokens, dim), dtype=dtype or weight.dtype)
 
 
+_empty = remembered(_output)
+
+
 def _kernel(
     image: Tensor,
     weight: Tensor,
@@ -165,7 +177,7 @@ def _kernel(
     layout: str,
     quantize: str | None = None,
 ) -> Tensor:
-    out = _output(image, weight, bias, pos_embed, prefix, mean, std, dtype, layout, quantize)
+    out = _empty(image, weight, bias, pos_embed, prefix, mean, std, dtype, layout, quantize)
     if out.numel() == 0:
         return out
     backend = _backend.choose(image, out.dtype, weight, bias, pos_embed, prefix)

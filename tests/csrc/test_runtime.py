@@ -225,6 +225,24 @@ class _Hidden(torch.Tensor):
     """Read by Python's attributes, not by DLPack."""
 
 
+def test_kinds_tell_arguments_apart():
+    x = torch.zeros(2, 3)
+    alike = [
+        (x, None, "layer", 1e-6, True, [0.5, 1.0], torch.float32),
+        (torch.ones(3, 2).t(), None, "layer", 1e-6, True, [0.5, 1.0], torch.float32),
+        (torch.nn.Parameter(x), None, "layer", 1e-6, True, [0.5, 1.0], torch.float32),
+    ]
+    assert len({_C.kinds_of(each) for each in alike}) == 1
+    others = [
+        (x.t(),), (x.bfloat16(),), (x, x), (x, None), (x, "rms"), (x, "layer"), (x, 1), (x, 1.0), (x, True), (x, False),
+        (x, [1.0, 2.0]), (x, (1.0, 2.0)), (x, [1.0], 2.0), (x, torch.float32), (x, torch.bfloat16), (x, ""), (x[0],),
+    ]  # fmt: skip
+    assert len({_C.kinds_of(each) for each in others}) == len(others)
+    untold = [torch.zeros(0, 3), x.as_subclass(_Hidden), x.to("meta"), x.to_sparse(), x.double(), object(), 1 << 70]
+    for each in untold:
+        assert _C.kinds_of((x, each)) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int8])
 @pytest.mark.parametrize(
     "arrange",

@@ -162,3 +162,19 @@ def test_jit_trace_records_the_operator() -> None:
         traced = torch.jit.trace(lambda x: ops.norm_linear(x, w), x)
         assert "fastvit::norm_linear" in str(traced.graph)
         assert torch.equal(traced(x * 2), ops.norm_linear(x * 2, w))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_checks_that_passed_are_made_anew_of_other_arguments(name):
+    """Kernels remember what passed (`_library.remembered`)."""
+    tensors, options = sample(name, torch.float32)
+    operator = getattr(ops, name)
+    with torch.no_grad():
+        expected = operator(**tensors, **options)
+        assert torch.equal(operator(**tensors, **options), expected)
+        for key, t in tensors.items():
+            for wrong in (t[..., :-1], t.to(torch.int64)):
+                with pytest.raises((TypeError, ValueError)):
+                    operator(**{**tensors, key: wrong}, **options)
+        with torch.device("meta"):  # where new tensors go, but no results
+            assert torch.equal(operator(**tensors, **options), expected)
