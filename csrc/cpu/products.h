@@ -70,7 +70,7 @@ struct ProductF32 : FloatAccumulators {
   FASTVIT_INLINE f32v mac_lanes(Unit a, Unit b, f32v c) { return fmadd(a, b, c); }
 #else
   FASTVIT_INLINE Unit broadcast(const float* p) { return set1(*p); }
-  FASTVIT_INLINE f32v mac(Unit a, Unit b, f32v c) { return fmadd(a, b, c); }
+  FASTVIT_INLINE f32v mac(Unit a, Unit b, f32v c) { return fmadd_in_place(a, b, c); }
 #endif
 
   // kLanes steps of one row of B, as 32-bit lanes; `n` elements of it exist.

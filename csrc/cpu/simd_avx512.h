@@ -59,6 +59,7 @@ FASTVIT_INLINE f32v load(const uint8_t* p, int64_t n = kLanes) {
 }
 
 FASTVIT_INLINE f32v fmadd(f32v a, f32v b, f32v c) { return _mm512_fmadd_ps(a, b, c); }
+FASTVIT_INLINE f32v fmadd_in_place(f32v a, f32v b, f32v c) { return fmadd(a, b, c); }
 // Of two operands the hardware returns the second when either is NaN: `v` keeps its NaN.
 FASTVIT_INLINE f32v at_least(f32v v, f32v low) { return _mm512_maskz_max_ps(0xffff, low, v); }
 FASTVIT_INLINE f32v at_most(f32v v, f32v high) { return _mm512_maskz_min_ps(0xffff, high, v); }
@@ -80,16 +81,6 @@ FASTVIT_INLINE void store_words(void* p, i32v v) {
 FASTVIT_INLINE f32v fraction(f32v x) { return _mm512_maskz_reduce_ps(0xffff, x, 9); }
 // p * 2^floor(n)
 FASTVIT_INLINE f32v scale_by_power(f32v p, f32v n) { return _mm512_maskz_scalef_ps(0xffff, p, n); }
-constexpr float kLowestPower = -160.0f;
-
-// The whole number nearest to x, as a power of two; underflows to zero.
-struct Power {
-  f32v whole;
-
-  FASTVIT_INLINE_METHOD explicit Power(f32v x) : whole(nearest(x)) {}
-  FASTVIT_INLINE_METHOD f32v times(f32v p) const { return scale_by_power(p, whole); }
-};
-
 // Of 32 numbers, those that the lowest five bits of each lane name.
 FASTVIT_INLINE f32v look_up(const float (&table)[2 * kLanes], i32v index) {
   return _mm512_permutex2var_ps(load(table), (__m512i)index, load(table + kLanes));

@@ -89,17 +89,6 @@ FASTVIT_INLINE void store_bytes(void* p, i32v v) {
 FASTVIT_INLINE void store_words(void* p, i32v v) {
   vst1_s16(static_cast<int16_t*>(p), vmovn_s32(v));
 }
-// The whole number nearest to x, which is at least kLowestPower, as a power of two: 2^-127 is zero.
-struct Power {
-  f32v whole;
-
-  FASTVIT_INLINE_METHOD explicit Power(f32v x) : whole(nearest(x)) {}
-  FASTVIT_INLINE_METHOD f32v times(f32v p) const {
-    const int32x4_t biased = vaddq_s32(vcvtq_s32_f32(whole), vdupq_n_s32(127));
-    return vmulq_f32(p, vreinterpretq_f32_s32(vshlq_n_s32(biased, 23)));
-  }
-};
-constexpr float kLowestPower = -127.0f;
 
 FASTVIT_INLINE float reduce_add(f32v v) { return vaddvq_f32(v); }
 FASTVIT_INLINE float reduce_max(f32v v) { return vmaxvq_f32(v); }

@@ -17,6 +17,7 @@ FASTVIT_INLINE f32v load(const float* p) {
 FASTVIT_INLINE void store(float* p, f32v v) { __builtin_memcpy(p, &v, sizeof v); }
 FASTVIT_INLINE f32v set1(float x) { return f32v{x, x, x, x}; }
 FASTVIT_INLINE f32v fmadd(f32v a, f32v b, f32v c) { return a * b + c; }
+FASTVIT_INLINE f32v fmadd_in_place(f32v a, f32v b, f32v c) { return fmadd(a, b, c); }
 FASTVIT_INLINE f32v at_least(f32v v, f32v low) { return v < low ? low : v; }
 FASTVIT_INLINE f32v at_most(f32v v, f32v high) { return v > high ? high : v; }
 FASTVIT_INLINE i32v to_int(f32v v) { return __builtin_convertvector(v, i32v); }
@@ -33,6 +34,7 @@ FASTVIT_INLINE f32v load(const uint8_t* p) {
   return f32v{to_f32(p[0]), to_f32(p[1]), to_f32(p[2]), to_f32(p[3])};
 }
 
+// r[i] holds row i; afterwards r[j] holds column j.
 FASTVIT_INLINE void transpose(f32v (&r)[kLanes]) {
   const f32v a = r[0], b = r[1], c = r[2], d = r[3];
 #pragma GCC unroll 4
@@ -80,17 +82,6 @@ FASTVIT_INLINE f32v nearest(f32v v) {
   const f32v magic = set1(12582912.0f);
   return (v + magic) - magic;
 }
-// The whole number nearest to x, in [kLowestPower, 127], as a power of two: 2^-127 is zero.
-struct Power {
-  static constexpr float kMagic = 12582912.0f + 127;  // 1.5 * 2^23 leaves no bits for a fraction
-  f32v biased, whole;
-
-  FASTVIT_INLINE_METHOD explicit Power(f32v x)
-      : biased(x + set1(kMagic)), whole(biased - set1(kMagic)) {}
-  // The sum's lowest bits are the exponent of an f32.
-  FASTVIT_INLINE_METHOD f32v times(f32v p) const { return p * (f32v)((i32v)biased << 23); }
-};
-constexpr float kLowestPower = -127.0f;
 
 FASTVIT_INLINE float reduce_add(f32v v) {
   float sum = 0;

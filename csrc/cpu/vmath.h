@@ -11,6 +11,29 @@
 
 namespace fastvit::cpu::FASTVIT_ISA {
 
+#if defined(__AVX512F__)
+// The whole number nearest to x, as a power of two; underflows to zero.
+struct Power {
+  f32v whole;
+
+  FASTVIT_INLINE_METHOD explicit Power(f32v x) : whole(nearest(x)) {}
+  FASTVIT_INLINE_METHOD f32v times(f32v p) const { return scale_by_power(p, whole); }
+};
+constexpr float kLowestPower = -160.0f;
+#else
+// The whole number nearest to x, in [kLowestPower, 127], as a power of two: 2^-127 is zero.
+struct Power {
+  static constexpr float kMagic = 12582912.0f + 127;  // 1.5 * 2^23 leaves no bits for a fraction
+  f32v biased, whole;
+
+  FASTVIT_INLINE_METHOD explicit Power(f32v x)
+      : biased(x + set1(kMagic)), whole(biased - set1(kMagic)) {}
+  // The sum's lowest bits are the exponent of an f32.
+  FASTVIT_INLINE_METHOD f32v times(f32v p) const { return p * (f32v)((i32v)biased << 23); }
+};
+constexpr float kLowestPower = -127.0f;
+#endif
+
 // 2^x, relative error 1.5e-7. Underflows to zero, so exp2(-inf) == 0; x <= 127 is required.
 FASTVIT_INLINE f32v exp2(f32v x) {
   x = at_least(x, set1(kLowestPower));
