@@ -26,15 +26,9 @@ struct Rotation {
   }
 };
 
-// x = hadamard(x * signs), unnormalised; returns the largest magnitude per lane.
-template <int kBlock>
-FASTVIT_INLINE f32v rotate_block(float* x, const float* signs) {
-  constexpr int kCount = kBlock / kLanes;
-  f32v v[kCount];
-#pragma GCC unroll 16
-  for (int i = 0; i < kCount; ++i) {
-    v[i] = hadamard_lanes(load(x + i * kLanes) * load(signs + i * kLanes));
-  }
+// Sums and differences of vectors 1, 2, ... kCount / 2 apart.
+template <int kCount>
+FASTVIT_INLINE void add_and_subtract(f32v (&v)[kCount]) {
 #pragma GCC unroll 8
   for (int step = 1; step < kCount; step *= 2) {
 #pragma GCC unroll 16
@@ -45,11 +39,41 @@ FASTVIT_INLINE f32v rotate_block(float* x, const float* signs) {
       }
     }
   }
+}
+
+// x = hadamard(x * signs), unnormalised; returns the largest magnitude per lane. First among as
+// many neighbouring vectors as half the registers hold, then among vectors that many apart.
+template <int kBlock>
+FASTVIT_INLINE f32v rotate_block(float* x, const float* signs) {
+  constexpr int kCount = kBlock / kLanes, kHeld = kVectors == 4 ? 16 : 8;
+  constexpr int kNear = kCount < kHeld ? kCount : kHeld, kFar = kCount / kNear;
   f32v most = zero();
+  for (int first = 0; first < kCount; first += kNear) {
+    f32v v[kNear];
 #pragma GCC unroll 16
-  for (int i = 0; i < kCount; ++i) {
-    most = at_least(abs(v[i]), most);
-    store(x + i * kLanes, v[i]);
+    for (int i = 0; i < kNear; ++i) {
+      const int at = (first + i) * kLanes;
+      v[i] = hadamard_lanes(load(x + at) * load(signs + at));
+    }
+    add_and_subtract(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < kNear; ++i) {
+      if constexpr (kFar == 1) most = at_least(abs(v[i]), most);
+      store(x + (first + i) * kLanes, v[i]);
+    }
+  }
+  if constexpr (kFar > 1) {
+    for (int first = 0; first < kNear; ++first) {
+      f32v v[kFar];
+#pragma GCC unroll 16
+      for (int i = 0; i < kFar; ++i) v[i] = load(x + (first + i * kNear) * kLanes);
+      add_and_subtract(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < kFar; ++i) {
+        most = at_least(abs(v[i]), most);
+        store(x + (first + i * kNear) * kLanes, v[i]);
+      }
+    }
   }
   return most;
 }
