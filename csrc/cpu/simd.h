@@ -49,8 +49,8 @@
 namespace fastvit::cpu::FASTVIT_ISA {
 
 // std::min and std::max are templates with external linkage: see types.h.
-FASTVIT_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTVIT_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTVIT_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTVIT_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 FASTVIT_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FASTVIT_INLINE constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

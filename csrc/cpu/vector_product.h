@@ -83,7 +83,7 @@ static void vector_product(int64_t m, const Weight& w, int requested_threads, co
 
   const auto run_task = [&](int64_t block, int64_t block_size, int64_t task,
                             const ProductWorker<P>& worker) {
-    Panel<P> panels[kPanel < 64 ? 4 : 2];
+    Panel<P> panels[kTogether > 1 ? kTogether : 2];
     int64_t count = 0;
     for (; count < wide; ++count) {
       const int64_t col = column(task, count);

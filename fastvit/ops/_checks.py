@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastvit.ops import _backend
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "swiglu")
 NORMS = ("none", "layer", "rms")
 POOL_MODES = ("token", "avg", "norm_avg")
 QUANTIZE = ("int8",)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+# Kinds of arguments of an operator, before all are forgotten: images may have any size.
+_MOST_KINDS = 1000
+
+
+def remembered(output: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`output`, which checks its arguments and makes an empty result, but checks only once what is alike.
+
+    A dozen checks in Python take longer than a small product.
+    """
+    passed: dict[bytes, tuple[torch.Size, torch.dtype]] = {}
+
+    @functools.wraps(output)
+    def empty(*arguments: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return output(*arguments)
+        extension = _backend.extension()
+        kinds = None if extension is None else extension.kinds_of(arguments)
+        known = None if kinds is None else passed.get(kinds)
+        if known is not None:
+            shape, dtype = known
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        out = output(*arguments)
+        if kinds is not None:
+            if len(passed) >= _MOST_KINDS:
+                passed.clear()
+            passed[kinds] = out.shape, out.dtype
+        return out
+
+    return empty
 
 
 def one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:

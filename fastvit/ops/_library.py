@@ -6,15 +6,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from fastvit.ops import _backend
 
 _LIBRARY = torch.library.Library("fastvit", "DEF")
 
@@ -94,34 +91,6 @@ def register(
 
     return call
 
-
-def remembered(output: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`output`, which checks its arguments and makes an empty result, for kernels: checks once what is alike.
-
-    A dozen checks in Python take longer than a small product.
-    """
-    passed: dict[bytes, tuple[torch.Size, torch.dtype]] = {}
-
-    @functools.wraps(output)
-    def empty(*arguments: Any) -> Tensor:
-        extension = _backend.extension()
-        kinds = None if extension is None else extension.kinds_of(arguments)
-        known = None if kinds is None else passed.get(kinds)
-        if known is not None:
-            shape, dtype = known
-            return torch.empty(shape, dtype=dtype, device="cpu")
-        out = output(*arguments)
-        if kinds is not None:
-            if len(passed) >= _MOST_KINDS:
-                passed.clear()
-            passed[kinds] = out.shape, out.dtype
-        return out
-
-    return empty
-
-
-# Of an operator's arguments, before all are forgotten: images may have any size.
-_MOST_KINDS = 1000
 
 # How the dispatcher says that an argument is not what the schema asks for.
 _WRONG_TYPE = re.compile(r"fastvit::\w+\(\) Expected a value of type '(.+?)' for argument '(\w+)' but .+ type '(\w+)'")

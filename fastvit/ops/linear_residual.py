@@ -11,16 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fastvit import reference
 from fastvit.ops import _backend, _checks, _int8
-from fastvit.ops._library import (
-    as_gradients,
-    autocast_dtype,
-    define,
-    gradients_like,
-    in_dtype,
-    register,
-    remembered,
-    spread,
-)
+from fastvit.ops._library import as_gradients, autocast_dtype, define, gradients_like, in_dtype, register, spread
 
 
 def linear_residual(
@@ -67,6 +58,7 @@ def linear_residual(
     return _op(x, weight, bias, residual, layer_scale, drop_path, autocast_dtype(x), quantize)
 
 
+@_checks.remembered
 def _output(
     x: Tensor,
     weight: Tensor,
@@ -97,9 +89,6 @@ def _output(
     return residual.new_empty(residual.shape)
 
 
-_empty = remembered(_output)
-
-
 def kernel(
     x: Tensor,
     weight: Tensor,
@@ -110,7 +99,7 @@ def kernel(
     dtype: torch.dtype | None,
     quantize: str | None,
 ) -> Tensor:
-    out = _empty(x, weight, bias, residual, layer_scale, drop_path, dtype, quantize)
+    out = _output(x, weight, bias, residual, layer_scale, drop_path, dtype, quantize)
     if out.numel() == 0:
         return out
     compute = dtype or x.dtype

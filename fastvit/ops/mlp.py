@@ -10,16 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fastvit import reference
 from fastvit.ops import _backend, _checks, _int8
-from fastvit.ops._library import (
-    as_gradients,
-    autocast_dtype,
-    define,
-    gradients_like,
-    in_dtype,
-    register,
-    remembered,
-    spread,
-)
+from fastvit.ops._library import as_gradients, autocast_dtype, define, gradients_like, in_dtype, register, spread
 from fastvit.ops.linear_residual import kernel as linear_residual_kernel
 from fastvit.ops.norm_linear import kernel as norm_linear_kernel
 
@@ -122,6 +113,7 @@ class _Arguments(NamedTuple):
     quantize_fc2: str | None
 
 
+@_checks.remembered
 def _output(*arguments: Any) -> Tensor:
     """Check everything and return the empty result: also the operator's fake version."""
     a = _Arguments(*arguments)
@@ -158,11 +150,8 @@ def _output(*arguments: Any) -> Tensor:
     return a.x.new_empty(a.x.shape)
 
 
-_empty = remembered(_output)
-
-
 def _kernel(*arguments: Any) -> Tensor:
-    out = _empty(*arguments)
+    out = _output(*arguments)
     if out.numel() == 0:
         return out
     a = _Arguments(*arguments)

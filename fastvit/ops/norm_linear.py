@@ -11,16 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fastvit import reference
 from fastvit.ops import _backend, _checks, _int8
-from fastvit.ops._library import (
-    as_gradients,
-    autocast_dtype,
-    define,
-    gradients_like,
-    in_dtype,
-    register,
-    remembered,
-    spread,
-)
+from fastvit.ops._library import as_gradients, autocast_dtype, define, gradients_like, in_dtype, register, spread
 
 
 def norm_linear(
@@ -75,6 +66,7 @@ def norm_linear(
     return _op(x, weight, bias, norm_weight, norm_bias, norm, eps, activation, autocast_dtype(x), quantize)
 
 
+@_checks.remembered
 def _output(
     x: Tensor,
     weight: Tensor,
@@ -109,9 +101,6 @@ def _output(
     return x.new_empty((*x.shape[:-1], features), dtype=dtype or x.dtype)
 
 
-_empty = remembered(_output)
-
-
 def kernel(
     x: Tensor,
     weight: Tensor,
@@ -124,7 +113,7 @@ def kernel(
     dtype: torch.dtype | None,
     quantize: str | None,
 ) -> Tensor:
-    out = _empty(x, weight, bias, norm_weight, norm_bias, norm, eps, activation, dtype, quantize)
+    out = _output(x, weight, bias, norm_weight, norm_bias, norm, eps, activation, dtype, quantize)
     if out.numel() == 0:
         return out
     backend = _backend.choose(x, out.dtype, weight, bias, norm_weight, norm_bias)

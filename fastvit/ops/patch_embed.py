@@ -12,16 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fastvit import reference
 from fastvit.ops import _backend, _checks, _int8
-from fastvit.ops._library import (
-    as_gradients,
-    autocast_dtype,
-    define,
-    gradients_like,
-    in_dtype,
-    register,
-    remembered,
-    spread,
-)
+from fastvit.ops._library import as_gradients, autocast_dtype, define, gradients_like, in_dtype, register, spread
 
 LAYOUTS = ("NCHW", "NHWC")
 
@@ -103,6 +94,7 @@ def _channels_first(image: Tensor, layout: str) -> Tensor:
     return image if layout == "NCHW" else image.permute(0, 3, 1, 2)
 
 
+@_checks.remembered
 def _output(
     image: Tensor,
     weight: Tensor,
@@ -162,9 +154,6 @@ def _output(
     return weight.new_empty((batch, tokens, dim), dtype=dtype or weight.dtype)
 
 
-_empty = remembered(_output)
-
-
 def _kernel(
     image: Tensor,
     weight: Tensor,
@@ -177,7 +166,7 @@ def _kernel(
     layout: str,
     quantize: str | None = None,
 ) -> Tensor:
-    out = _empty(image, weight, bias, pos_embed, prefix, mean, std, dtype, layout, quantize)
+    out = _output(image, weight, bias, pos_embed, prefix, mean, std, dtype, layout, quantize)
     if out.numel() == 0:
         return out
     backend = _backend.choose(image, out.dtype, weight, bias, pos_embed, prefix)

@@ -11,16 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fastvit import reference
 from fastvit.ops import _backend, _checks
-from fastvit.ops._library import (
-    as_gradients,
-    autocast_dtype,
-    define,
-    gradients_like,
-    in_dtype,
-    register,
-    remembered,
-    spread,
-)
+from fastvit.ops._library import as_gradients, autocast_dtype, define, gradients_like, in_dtype, register, spread
 
 
 def pool(
@@ -72,6 +63,7 @@ def pool(
     return _op(x, mode, num_prefix_tokens, norm, norm_weight, norm_bias, eps, weight, bias, dtype)
 
 
+@_checks.remembered
 def _output(
     x: Tensor,
     mode: str,
@@ -109,9 +101,6 @@ def _output(
     return x.new_empty((batch, dim if weight is None else weight.shape[0]), dtype=dtype or x.dtype)
 
 
-_empty = remembered(_output)
-
-
 def _kernel(
     x: Tensor,
     mode: str,
@@ -124,7 +113,7 @@ def _kernel(
     bias: Tensor | None,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    out = _empty(x, mode, num_prefix_tokens, norm, norm_weight, norm_bias, eps, weight, bias, dtype)
+    out = _output(x, mode, num_prefix_tokens, norm, norm_weight, norm_bias, eps, weight, bias, dtype)
     if out.numel() == 0:
         return out
     backend = _backend.choose(x, out.dtype, norm_weight, norm_bias, weight, bias)

@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fastvit import reference
 from fastvit.ops import _backend, _checks, _int8
-from fastvit.ops._library import autocast_dtype, in_dtype, register, remembered
+from fastvit.ops._library import autocast_dtype, in_dtype, register
 from fastvit.ops.attention import attention
 from fastvit.ops.attention import kernel as attention_kernel
 from fastvit.ops.linear_residual import kernel as linear_residual_kernel
@@ -175,6 +175,7 @@ class _Arguments(NamedTuple):
         ]
 
 
+@_checks.remembered
 def _output(*arguments: Any) -> Tensor:
     """Check everything and return the empty result: also the operator's fake version."""
     a = _Arguments(*arguments)
@@ -220,11 +221,8 @@ def _output(*arguments: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-_empty = remembered(_output)
-
-
 def _kernel(*arguments: Any) -> Tensor:
-    out = _empty(*arguments)
+    out = _output(*arguments)
     if out.numel() == 0:
         return out
     a = _Arguments(*arguments)

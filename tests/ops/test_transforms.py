@@ -166,7 +166,7 @@ def test_jit_trace_records_the_operator() -> None:
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_checks_that_passed_are_made_anew_of_other_arguments(name):
-    """Kernels remember what passed (`_library.remembered`)."""
+    """Operators remember what passed (`_checks.remembered`)."""
     tensors, options = sample(name, torch.float32)
     operator = getattr(ops, name)
     with torch.no_grad():
