@@ -120,8 +120,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("patch_embed", &calls::patch_embed, Release(), py::arg("out"), py::arg("image"),
         py::arg("weight"), py::arg("weight_scale"), py::arg("weight_shift"),
         py::arg("weight_packed"), py::arg("bias"), py::arg("pos_embed"), py::arg("prefix"),
-        py::arg("channel_scale"), py::arg("channel_shift"), py::arg("compute"),
-        py::arg("num_threads"));
+        py::arg("channel_scale"), py::arg("channel_shift"), py::arg("channels_last"),
+        py::arg("compute"), py::arg("num_threads"));
   m.def("norm_linear", &calls::norm_linear, Release(), py::arg("out"), py::arg("x"),
         py::arg("weight"), py::arg("weight_scale"), py::arg("bias"), py::arg("norm_weight"),
         py::arg("norm_bias"), py::arg("norm"), py::arg("eps"), py::arg("activation"),

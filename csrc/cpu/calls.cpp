@@ -3,14 +3,38 @@
 #include "dispatch.h"
 
 namespace fastvit::calls {
+namespace {
+
+// (B, H, W, C) as (B, C, H, W).
+View channels_first(View image) {
+  for (int64_t* of : {image.size, image.stride}) {
+    const int64_t channels = of[3];
+    of[3] = of[2], of[2] = of[1], of[1] = channels;
+  }
+  return image;
+}
+
+// (1, N, D) as (N, D).
+const View* as_rows(const View* given, View& rows) {
+  if (given == nullptr || given->ndim == 2) return given;
+  rows = *given;
+  rows.ndim = 2;
+  for (int64_t* of : {rows.size, rows.stride}) of[0] = of[1], of[1] = of[2];
+  return &rows;
+}
+
+}  // namespace
 
 void patch_embed(const View& out, const View& image, const View& weight, const View* weight_scale,
                  const View* weight_shift, const View* weight_packed, const View* bias,
                  const View* pos_embed, const View* prefix, const View* channel_scale,
-                 const View* channel_shift, int compute, int num_threads) {
-  cpu::kernels().patch_embed({out, image, weight, weight_scale, weight_shift, weight_packed, bias,
-                              pos_embed, prefix, channel_scale, channel_shift,
-                              static_cast<Compute>(compute), num_threads});
+                 const View* channel_shift, bool channels_last, int compute, int num_threads) {
+  View positions, prefix_rows;
+  cpu::kernels().patch_embed({out, channels_last ? channels_first(image) : image, weight,
+                              weight_scale, weight_shift, weight_packed, bias,
+                              as_rows(pos_embed, positions), as_rows(prefix, prefix_rows),
+                              channel_scale, channel_shift, static_cast<Compute>(compute),
+                              num_threads});
 }
 
 void norm_linear(const View& out, const View& x, const View& weight, const View* weight_scale,

@@ -48,9 +48,10 @@ def patch_operand(
 
     Packed, because the product of one image is short.
     """
-    numbers = tuple(None if n is None else tuple(n) for n in (mean, std))
+    # Lists, where the dispatcher made the call.
+    mean, std = [n if n is None else tuple(n) for n in (mean, std)]
     isa = _backend.extension().isa()
-    values, scale, shift, packed = _form(weight, lambda dense: _for_patches(dense, *numbers), numbers, isa)
+    values, scale, shift, packed = _form(weight, lambda dense: _for_patches(dense, mean, std), mean, std, isa)
     return values, scale, shift, packed
 
 

@@ -167,9 +167,12 @@ def gradients_like(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> l
 def as_gradients(
     grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor]:
-    """A backward operator's result from a launcher's: the gradients that are needed, in their tensors' dtypes."""
+    """A backward operator's result from a launcher's: the gradients that are needed, in their tensors' dtypes.
+
+    A launcher may have left out dimensions of one.
+    """
     return [
-        g.to(t.dtype)
+        g.to(t.dtype).view(t.shape)
         for g, t, needed in zip(grads, tensors, needs, strict=True)
         if needed and g is not None and t is not None
     ]

@@ -72,8 +72,8 @@ def patch_embed(
         image,
         weight,
         bias,
-        pos_embed.squeeze(0) if pos_embed is not None and pos_embed.ndim == 3 else pos_embed,
-        prefix.squeeze(0) if prefix is not None and prefix.ndim == 3 else prefix,
+        pos_embed,
+        prefix,
         _numbers("mean", mean),
         _numbers("std", std),
         autocast_dtype(weight),
@@ -82,12 +82,14 @@ def patch_embed(
     )
 
 
-def _numbers(name: str, values: Sequence[float] | Tensor | None) -> list[float] | None:
+def _numbers(name: str, values: Sequence[float] | Tensor | None) -> tuple[float, ...] | None:
     if values is None:
         return None
+    if type(values) is tuple and all([type(v) is float for v in values]):
+        return values
     if isinstance(values, (str, float, int)) or (isinstance(values, Tensor) and values.ndim == 0):
         raise TypeError(f"{name}: {values!r} is not accepted; give a number for each channel")
-    return [float(v) for v in values]
+    return tuple(float(v) for v in values)
 
 
 def _channels_first(image: Tensor, layout: str) -> Tensor:
@@ -101,8 +103,8 @@ def _output(
     bias: Tensor | None,
     pos_embed: Tensor | None,
     prefix: Tensor | None,
-    mean: list[float] | None,
-    std: list[float] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
     dtype: torch.dtype | None,
     layout: str,
     quantize: str | None = None,
@@ -138,7 +140,8 @@ def _output(
         if t is None:
             continue
         _checks.floating(name, t)
-        if t.ndim != 2 or t.shape[1] != dim or (count is not None and t.shape[0] != count):
+        rows, columns = t.shape[-2:] if t.ndim == 2 or (t.ndim == 3 and len(t) == 1) else (-1, -1)
+        if columns != dim or (count is not None and rows != count):
             raise ValueError(f"{name}: shape {tuple(t.shape)} does not fit; accepted: ({count or 'R'}, {dim})")
     for name, values in (("mean", mean), ("std", std)):
         if values is not None and len(values) != channels:
@@ -150,7 +153,7 @@ def _output(
             _checks.same_dtype("weight", weight, image.dtype, "image")
         _checks.same_dtype("bias", bias, weight.dtype, "weight")
     _checks.same_device(image=image, weight=weight, bias=bias, pos_embed=pos_embed, prefix=prefix)
-    tokens = patches + (0 if prefix is None else prefix.shape[0])
+    tokens = patches + (0 if prefix is None else prefix.shape[-2])
     return weight.new_empty((batch, tokens, dim), dtype=dtype or weight.dtype)
 
 
@@ -160,8 +163,8 @@ def _kernel(
     bias: Tensor | None,
     pos_embed: Tensor | None,
     prefix: Tensor | None,
-    mean: list[float] | None,
-    std: list[float] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
     dtype: torch.dtype | None,
     layout: str,
     quantize: str | None = None,
@@ -171,8 +174,7 @@ def _kernel(
         return out
     backend = _backend.choose(image, out.dtype, weight, bias, pos_embed, prefix)
     if backend == "cpp":
-        image = _channels_first(image, layout)
-        affine = _channel_affine(image, mean, std) if quantize is None else (None, None)
+        affine = _channel_affine(image, mean, std, weight.shape[1]) if quantize is None else (None, None)
         of_weight: list[Tensor | None] = [None, None, None]
         if quantize is not None:
             weight, *of_weight = _int8.patch_operand(weight, mean, std)
@@ -183,6 +185,7 @@ def _kernel(
             *of_weight,
             *map(_backend.contiguous, (bias, pos_embed, prefix)),
             *affine,
+            layout == "NHWC",
             _backend.code(out.dtype),
             torch.get_num_threads(),
         )
@@ -206,19 +209,23 @@ def _kernel(
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         image = _channels_first(image, layout)
         return _backend.triton_kernel("patch_embed")(
-            image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std
+            image, weight, bias, pos_embed=_rows(pos_embed), prefix=_rows(prefix), mean=mean, std=std
         )
     return _reference(image, weight, bias, pos_embed, prefix, mean, std, dtype, layout, quantize)
 
 
+def _rows(t: Tensor | None) -> Tensor | None:
+    """(1, N, D) as (N, D)."""
+    return None if t is None else t.flatten(0, -2)
+
+
 def _channel_affine(
-    image: Tensor, mean: list[float] | None, std: list[float] | None
+    image: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """(image - mean) / std as image * scale + shift, with a uint8 image's 1 / 255 in the scale."""
     unit = 1.0 if image.is_floating_point() else 255.0
     if mean is None and std is None and unit == 1.0:
         return None, None
-    channels = image.shape[1]
     return _affine(tuple(mean or [0.0] * channels), tuple(std or [1.0] * channels), unit)
 
 
@@ -236,8 +243,8 @@ def _reference(
     bias: Tensor | None,
     pos_embed: Tensor | None,
     prefix: Tensor | None,
-    mean: list[float] | None,
-    std: list[float] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
     dtype: torch.dtype | None,
     layout: str,
     quantize: str | None = None,
@@ -257,8 +264,8 @@ def _backward_kernel(
     bias: Tensor | None,
     pos_embed: Tensor | None,
     prefix: Tensor | None,
-    mean: list[float] | None,
-    std: list[float] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
     dtype: torch.dtype | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
@@ -268,7 +275,7 @@ def _backward_kernel(
             grad,
             image.to(dtype) if dtype is not None and image.is_floating_point() else image,
             weight.to(dtype or weight.dtype),
-            prefix_rows=0 if prefix is None else prefix.shape[0],
+            prefix_rows=0 if prefix is None else prefix.shape[-2],
             mean=mean,
             std=std,
             needs=needs,

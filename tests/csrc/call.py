@@ -182,16 +182,18 @@ def patch_embed(
     weight_scale: Tensor | None = None,
     weight_shift: Tensor | None = None,
     pack: bool = False,
+    channels_last: bool = False,
     compute: torch.dtype = torch.float32,
     out_dtype: torch.dtype | None = None,
     threads: int = 2,
 ) -> Tensor:
-    patches = (image.shape[2] // weight.shape[2]) * (image.shape[3] // weight.shape[3])
-    rows = patches + (0 if prefix is None else prefix.shape[0])
+    height, width = image.shape[1:3] if channels_last else image.shape[2:]
+    patches = (height // weight.shape[2]) * (width // weight.shape[3])
+    rows = patches + (0 if prefix is None else prefix.shape[-2])
     out = blank(image.shape[0], rows, weight.shape[0], dtype=out_dtype or compute)
     of_weight = (weight_scale, weight_shift, packed(weight.flatten(1)) if pack else None)
     tensors = (out, image, weight, *of_weight, bias, pos_embed, prefix, channel_scale, channel_shift)
-    kernels.patch_embed(*tensors, compute_code(compute), threads)
+    kernels.patch_embed(*tensors, channels_last, compute_code(compute), threads)
     return out
 
 
