@@ -99,10 +99,11 @@ class Attention {
     const ThreadLease lease(args_.num_threads);
     const int threads = lease.threads;
 
-    // Keys: packed K and V of a chunk share a quarter of L2; scores, output and queries need the
-    // rest.
+    // Packed K and V are read for each group of rows: all keys may take three quarters of L2. In
+    // chunks, whose sums take a quarter (below), they may take a half.
     const int64_t per_key = 2 * panels_.vectors * kLanes * static_cast<int64_t>(sizeof(Element));
-    const int64_t most = max(cache_sizes().l2 / 4 / per_key, kPanel);
+    const int64_t l2 = cache_sizes().l2;
+    const int64_t most = max(keys_ * per_key <= l2 * 3 / 4 ? keys_ : l2 / 2 / per_key, kPanel);
     const int64_t chunks = max(ceil_div(keys_, P::kTiles ? most : min(most, 1024)), 1);
     chunk_ = round_up(ceil_div(keys_, chunks), kPanel);
     // A tile of scores that misses L1 takes longer to store than to multiply.
@@ -113,7 +114,7 @@ class Attention {
 
     ldo_ = panels_.vectors * kLanes;
     const int64_t most_rows =
-        chunks > 1 ? max(cache_sizes().l2 / 4 / (4 * ldo_), P::kRows) : queries_;
+        chunks > 1 ? max(l2 / 4 / (4 * ldo_), P::kRows) : queries_;
     const int64_t splits =
         max(split_rows<P>(queries_, batch_ * heads_, threads), ceil_div(queries_, most_rows));
     block_ = round_up(ceil_div(queries_, splits), P::kRows);
