@@ -66,6 +66,7 @@ SCHEMA = """Tensor q, Tensor k, Tensor v, float scale, Tensor? bias, Tensor? key
     Tensor? dropout_seed, bool training, ScalarType? dtype"""
 
 
+@_checks.once
 def check(a: Arguments) -> None:
     for name, t in (("q", a.q), ("k", a.k), ("v", a.v)):
         _checks.floating(name, t)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,32 +21,63 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Kinds of arguments of an operator, before all are forgotten: images may have any size.
 _MOST_KINDS = 1000
 
+_Value = TypeVar("_Value")
 
-def remembered(output: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`output`, which checks its arguments and makes an empty result, but checks only once what is alike.
+
+class _Passed(Generic[_Value]):
+    """What came of checks, by the kinds of arguments that passed them.
 
     A dozen checks in Python take longer than a small product.
     """
-    passed: dict[bytes, tuple[torch.Size, torch.dtype]] = {}
+
+    def __init__(self) -> None:
+        self._values: dict[bytes, _Value] = {}
+
+    def find(self, arguments: tuple[Any, ...]) -> tuple[bytes | None, _Value | None]:
+        """The arguments' kinds, or None where these can't be told; and what came of them."""
+        extension = None if torch.compiler.is_compiling() else _backend.extension()
+        kinds = None if extension is None else extension.kinds_of(arguments)
+        return kinds, None if kinds is None else self._values.get(kinds)
+
+    def keep(self, kinds: bytes | None, value: _Value) -> None:
+        if kinds is not None:
+            if len(self._values) >= _MOST_KINDS:
+                self._values.clear()
+            self._values[kinds] = value
+
+
+def remembered(output: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`output`, which checks its arguments and makes an empty result, but checks only once what is alike."""
+    passed: _Passed[tuple[torch.Size, torch.dtype]] = _Passed()
 
     @functools.wraps(output)
     def empty(*arguments: Any) -> Tensor:
-        if torch.compiler.is_compiling():
-            return output(*arguments)
-        extension = _backend.extension()
-        kinds = None if extension is None else extension.kinds_of(arguments)
-        known = None if kinds is None else passed.get(kinds)
+        kinds, known = passed.find(arguments)
         if known is not None:
             shape, dtype = known
             return torch.empty(shape, dtype=dtype, device="cpu")
         out = output(*arguments)
-        if kinds is not None:
-            if len(passed) >= _MOST_KINDS:
-                passed.clear()
-            passed[kinds] = out.shape, out.dtype
+        passed.keep(kinds, (out.shape, out.dtype))
         return out
 
     return empty
+
+
+_Arguments = TypeVar("_Arguments", bound=tuple[Any, ...])
+
+
+def once(check: Callable[[_Arguments], None]) -> Callable[[_Arguments], None]:
+    """`check`, which returns nothing, but only once of what is alike."""
+    passed: _Passed[bool] = _Passed()
+
+    @functools.wraps(check)
+    def unless_passed(arguments: _Arguments) -> None:
+        kinds, known = passed.find(tuple(arguments))
+        if known is None:
+            check(arguments)
+            passed.keep(kinds, True)
+
+    return unless_passed
 
 
 def one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
