@@ -12,21 +12,16 @@ from torch import nn
 
 import fastvit
 from fastvit.adapters import int8, prepared, swap
-from fastvit.adapters.compare import tensors
 from fastvit.adapters.parts import FLOAT, Quantization
 from fastvit.nn import Block, SwiGLU
 from fastvit.ops import _backend, _int8
 from tests import nasty
 from tests.adapters import zoo
+from tests.adapters.zoo import run
 from tests.tolerances import INT8, relative_l2
 
 ALL = Quantization("int8", "int8", "int8", "int8")
 needs_extension = pytest.mark.skipif(_backend.extension() is None, reason="needs the C++ extension")
-
-
-def run(model, x):
-    with torch.no_grad():
-        return tensors(model(x))
 
 
 def first(model, x):

@@ -19,14 +19,10 @@ from fastvit.adapters.compare import tensors
 from fastvit.ops import _backend
 from tests import nasty
 from tests.adapters import zoo
+from tests.adapters.zoo import run
 from tests.tolerances import relative_l2
 
 pytestmark = pytest.mark.skipif(_backend.extension() is None, reason="needs the C++ extension")
-
-
-def run(model, x):
-    with torch.no_grad():
-        return tensors(model(x))
 
 
 def first(model, x):

@@ -10,16 +10,12 @@ import torch.distributed as dist
 from torch import nn
 
 import fastvit
-from fastvit.adapters import probe, swap
+from fastvit.adapters import probe, registry, swap
 from fastvit.adapters.compare import tensors
 from tests import nasty
 from tests.adapters import zoo
+from tests.adapters.zoo import ONE_OF_EACH, equal, run
 from tests.tolerances import relative_l2
-
-
-def run(model, x, **kwargs):
-    with torch.no_grad():
-        return tensors(model(x, **kwargs))
 
 
 def fused_nodes(graph):
@@ -349,3 +345,146 @@ def test_compare_names_a_wrong_result(vit, monkeypatch):
     monkeypatch.setattr(swap, "run_block", lambda parts, x, tokens, angles: x[:, :tokens])
     monkeypatch.setattr(swap, "run_prepared", lambda *arguments: None)
     assert fastvit.compare(model, x).max_relative_l2 > 1e-2
+
+
+# ---- Models that their owner wraps, traces or changes ----------------------------------------------
+
+
+@pytest.fixture
+def original():
+    model = zoo.make("timm vit")
+    return model, zoo.image(model)
+
+
+def test_inside_wrappers(original):
+    model, x = original
+    expected = run(model, x)["output"]
+    wrapped = nn.Sequential(nn.Identity(), nn.ModuleDict({"vit": model})["vit"])
+    fastvit.optimize(wrapped, strict=True)
+    assert relative_l2(run(wrapped, x)["output"], expected) < 1e-5
+    assert len(fastvit.report(model).replaced) == 3
+
+
+@pytest.mark.parametrize("name", ["timm vit", "torchvision vit", "hf vit classifier"])
+def test_blocks_inside_wrappers_that_show_their_attributes(name):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = zoo.make(name)
+    x = zoo.image(model)
+    expected = run(model, x)
+    for block in [m for m in model.modules() if registry.judge_block(m)]:
+        path = next(path for path, m in model.named_modules() if m is block)
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, checkpoint_wrapper(block))
+    fastvit.optimize(model, strict=True)
+    assert sum(isinstance(m, swap.FusedBlock) for m in model.modules()) == 2
+    for key, out in run(model, x).items():
+        assert relative_l2(out, expected[key]) < 1e-5
+
+
+def test_one_block_used_twice(original):
+    model, x = original
+    model.blocks[1] = model.blocks[0]
+    expected = run(model, x)["output"]
+    assert relative_l2(run(fastvit.optimize(model), x)["output"], expected) < 1e-5
+    assert equal(run(fastvit.restore(model), x), {"output": expected})
+
+
+def test_meta_models():
+    with torch.device("meta"):
+        model = zoo.timm()()
+    fastvit.optimize(model, strict=True)
+    assert model(torch.randn(1, 3, 32, 32, device="meta")).shape == (1, 64)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_compile_without_graph_breaks(name):
+    model = zoo.make(name)
+    x = zoo.image(model)
+    expected = run(model, x)
+    fastvit.optimize(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    actual = run(compiled, x)
+    for key in expected:
+        assert relative_l2(actual[key], expected[key]) < 1e-5
+    torch._dynamo.reset()
+
+
+def test_export(original):
+    model, x = original
+    fastvit.optimize(model)
+    exported = torch.export.export(model, (x,))
+    assert sum("fastvit" in str(n.target) for n in exported.graph.nodes) == 5  # patch_embed, and two of each block
+    assert relative_l2(exported.module()(x), model(x)) < 1e-6
+
+
+def test_jit_trace_and_script(original):
+    model, x = original
+    expected = run(model, x)["output"]
+    fastvit.optimize(model)
+    assert relative_l2(torch.jit.trace(model, x, check_trace=False)(x), expected) < 1e-5
+    assert relative_l2(torch.jit.script(model)(x), expected) < 1e-5
+
+
+def test_fx_trace_of_an_optimized_block(original):
+    model, _ = original
+    fastvit.optimize(model)
+    tokens = torch.randn(2, 17, 64)
+    traced = torch.fx.symbolic_trace(model.blocks[0].mlp)
+    assert torch.equal(traced(tokens), model.blocks[0].mlp(tokens))
+
+
+def test_timm_methods_after_optimize(original):
+    model, x = original
+    twin = copy.deepcopy(model)
+    fastvit.optimize(model)
+    with torch.no_grad():
+        for mine, theirs in zip(
+            model.get_intermediate_layers(x, n=2), twin.get_intermediate_layers(x, n=2), strict=True
+        ):
+            assert relative_l2(mine, theirs) < 1e-5
+        _, features = model.forward_intermediates(x)
+        assert len(features) == 2
+        for m in (model, twin):
+            m.set_input_size(img_size=(48, 40))
+            m.reset_classifier(3)
+            nasty.randomize(m.head)
+            m.prune_intermediate_layers([0], prune_norm=False, prune_head=False)
+        y = torch.randn(1, 3, 48, 40)
+        assert relative_l2(model(y), twin(y)) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(33, 47), (32, 40)])
+def test_images_beyond_the_last_whole_patch(size):
+    model = nasty.randomize(zoo.timm(dynamic_img_size=True)()).eval()
+    x = torch.randn(1, 3, *(s // 8 * 8 for s in size))
+    conv = model.patch_embed.proj
+    expected = conv(torch.nn.functional.pad(x, (0, size[1] % 8, 0, size[0] % 8)))
+    fastvit.optimize(model)
+    assert relative_l2(conv(torch.nn.functional.pad(x, (0, size[1] % 8, 0, size[0] % 8))), expected) < 1e-5
+
+
+def test_gradient_checkpointing(original):
+    model, x = original
+    fastvit.optimize(model).train()
+    model(x).sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    model(x).sum().backward()
+    for p, e in zip(model.parameters(), expected, strict=True):
+        assert torch.allclose(p.grad, e, rtol=1e-4, atol=1e-5)
+
+
+def test_hf_gradient_checkpointing():
+    model = zoo.make("hf vit").train()
+    x = zoo.image(model)
+    fastvit.optimize(model)
+    model(x).last_hidden_state.sum().backward()
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(x).last_hidden_state.sum().backward()
+    actual = [p.grad for p in model.parameters() if p.grad is not None]
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.allclose(a, e, rtol=1e-4, atol=1e-5)

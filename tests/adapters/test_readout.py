@@ -14,9 +14,9 @@ from torch import nn
 
 import fastvit
 from fastvit.adapters import swap
-from fastvit.adapters.compare import tensors
 from fastvit.bench.models import count_flops, needed_flops
 from tests.adapters import zoo
+from tests.adapters.zoo import run
 from tests.tolerances import FLOAT32, INT8, relative_l2
 
 READ = {
@@ -32,11 +32,6 @@ READ = {
     "torchvision vit": 1,
 }
 ALL_READ = ["timm siglip", "hf vit", "hf dinov2 registers classifier", "hf clip"]
-
-
-def run(model, x, **kwargs):
-    with torch.no_grad():
-        return tensors(model(x, **kwargs))
 
 
 @pytest.fixture

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+import fastvit
 from fastvit._compat import import_library
+from fastvit.adapters.compare import tensors
 from tests import nasty
 
 HF = {
@@ -92,6 +94,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "torchvision vit": torchvision,
 }
 
+ONE_OF_EACH = [
+    "timm vit", "timm dinov3 biases", "hf vit", "hf clip", "hf dinov2", "hf dinov3", "torchvision vit",
+]  # fmt: skip
+
 
 def make(name: str) -> nn.Module:
     torch.manual_seed(0)
@@ -103,3 +109,19 @@ def image(model: nn.Module, batch: int = 2) -> torch.Tensor:
     conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
     side = 28 if conv.kernel_size[0] == 14 else 32
     return torch.randn(batch, conv.in_channels, side, side, generator=nasty.generator())
+
+
+def run(model: Any, x: torch.Tensor, **kwargs: Any) -> dict[str, torch.Tensor]:
+    """Every tensor of the output, by name."""
+    with torch.no_grad():
+        return tensors(model(x, **kwargs))
+
+
+def reasons(model: nn.Module) -> dict[str, str]:
+    """Why blocks run their original forward, by path."""
+    return {r.path: r.detail for r in fastvit.report(model).rows if r.status == "fallback"}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Are two outputs the same, bit by bit?"""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
