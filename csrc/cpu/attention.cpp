@@ -113,8 +113,7 @@ class Attention {
         P::kTiles ? round_up(ceil_div(keys, max(ceil_div(keys, most_span), 1)), kDepth) : chunk_;
 
     ldo_ = panels_.vectors * kLanes;
-    const int64_t most_rows =
-        chunks > 1 ? max(l2 / 4 / (4 * ldo_), P::kRows) : queries_;
+    const int64_t most_rows = chunks > 1 ? max(l2 / 4 / (4 * ldo_), P::kRows) : queries_;
     const int64_t splits =
         max(split_rows<P>(queries_, batch_ * heads_, threads), ceil_div(queries_, most_rows));
     block_ = round_up(ceil_div(queries_, splits), P::kRows);

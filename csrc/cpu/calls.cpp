@@ -28,13 +28,12 @@ const View* as_rows(const View* given, View& rows) {
 void patch_embed(const View& out, const View& image, const View& weight, const View* weight_scale,
                  const View* weight_shift, const View* weight_packed, const View* bias,
                  const View* pos_embed, const View* prefix, const View* channel_scale,
-                 const View* channel_shift, bool channels_last, int compute, int num_threads) {
+                 const View* channel_shift, int channels_last, int compute, int num_threads) {
   View positions, prefix_rows;
-  cpu::kernels().patch_embed({out, channels_last ? channels_first(image) : image, weight,
-                              weight_scale, weight_shift, weight_packed, bias,
-                              as_rows(pos_embed, positions), as_rows(prefix, prefix_rows),
-                              channel_scale, channel_shift, static_cast<Compute>(compute),
-                              num_threads});
+  cpu::kernels().patch_embed(
+      {out, channels_last != 0 ? channels_first(image) : image, weight, weight_scale, weight_shift,
+       weight_packed, bias, as_rows(pos_embed, positions), as_rows(prefix, prefix_rows),
+       channel_scale, channel_shift, static_cast<Compute>(compute), num_threads});
 }
 
 void norm_linear(const View& out, const View& x, const View& weight, const View* weight_scale,

@@ -10,7 +10,7 @@ namespace fastvit::calls {
 void patch_embed(const View& out, const View& image, const View& weight, const View* weight_scale,
                  const View* weight_shift, const View* weight_packed, const View* bias,
                  const View* pos_embed, const View* prefix, const View* channel_scale,
-                 const View* channel_shift, bool channels_last, int compute, int num_threads);
+                 const View* channel_shift, int channels_last, int compute, int num_threads);
 void norm_linear(const View& out, const View& x, const View& weight, const View* weight_scale,
                  const View* bias, const View* norm_weight, const View* norm_bias, int norm,
                  float eps, int activation, int compute, int num_threads);

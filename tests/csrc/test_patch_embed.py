@@ -54,6 +54,9 @@ def test_layouts(isa: str, dtype: torch.dtype, layout: str, pixels: torch.dtype,
     seen = x.double() * scale.double()[:, None, None] + shift.double()[:, None, None]
     truth = by_torch(seen, *plain.cast(torch.float64, w, b, pos, prefix))
     assert_close(actual, truth, eager=by_torch(seen.to(dtype), w, b, pos, prefix))
+    given = {"pos_embed": pos[None], "prefix": prefix[None], "channel_scale": scale, "channel_shift": shift}
+    same = call.patch_embed(x.permute(0, 2, 3, 1), w, b, **given, channels_last=True, compute=dtype)
+    assert torch.equal(same, actual)
 
 
 @pytest.mark.parametrize("patch", [(16, 16), (14, 14), (3, 21)])
