@@ -1,5 +1,7 @@
 #include "calls.h"
 
+#include <initializer_list>
+
 #include "dispatch.h"
 
 namespace fastvit::calls {

@@ -87,9 +87,13 @@ def choose(x: Tensor, compute: torch.dtype, *others: Tensor | None) -> str:
 
 
 def _cpp_serves(x: Tensor, compute: torch.dtype, others: tuple[Tensor | None, ...]) -> bool:
-    if not x.is_cpu or compute not in _CPP_COMPUTES or x.dtype not in _DTYPE_CODES or extension() is None:
-        return False
-    return all([o is None or o.dtype in _DTYPE_CODES for o in others])  # a list: half the time of a generator
+    return (
+        x.is_cpu
+        and compute in _CPP_COMPUTES
+        and x.dtype in _DTYPE_CODES
+        and all(o is None or o.dtype in _DTYPE_CODES for o in others)
+        and extension() is not None
+    )
 
 
 def _triton_serves(x: Tensor, compute: torch.dtype) -> bool:

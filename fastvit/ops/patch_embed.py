@@ -85,11 +85,9 @@ def patch_embed(
 def _numbers(name: str, values: Sequence[float] | Tensor | None) -> tuple[float, ...] | None:
     if values is None:
         return None
-    if type(values) is tuple and all([type(v) is float for v in values]):
-        return values
     if isinstance(values, (str, float, int)) or (isinstance(values, Tensor) and values.ndim == 0):
         raise TypeError(f"{name}: {values!r} is not accepted; give a number for each channel")
-    return tuple(float(v) for v in values)
+    return tuple(map(float, values))
 
 
 def _channels_first(image: Tensor, layout: str) -> Tensor:
@@ -209,14 +207,9 @@ def _kernel(
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         image = _channels_first(image, layout)
         return _backend.triton_kernel("patch_embed")(
-            image, weight, bias, pos_embed=_rows(pos_embed), prefix=_rows(prefix), mean=mean, std=std
+            image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std
         )
     return _reference(image, weight, bias, pos_embed, prefix, mean, std, dtype, layout, quantize)
-
-
-def _rows(t: Tensor | None) -> Tensor | None:
-    """(1, N, D) as (N, D)."""
-    return None if t is None else t.flatten(0, -2)
 
 
 def _channel_affine(

@@ -173,6 +173,12 @@ def test_patch_embed_of_bytes(device: torch.device, dtype: torch.dtype) -> None:
     check(device, "patch_embed", tensors, dtype, {"image": image})
 
 
+def test_gradients_of_batched_position_and_prefix(device: torch.device) -> None:
+    tensors = _patch_embed()
+    tensors |= {name: tensors[name][None] for name in ("pos_embed", "prefix")}
+    check(device, "patch_embed", tensors, torch.float32, {"layout": "NCHW"})
+
+
 def test_gradients_of_an_image_with_channels_last(device: torch.device) -> None:
     tensors = {"image": torch.randn(2, 28, 14, 3, generator=nasty.generator()), "weight": nasty.weight(24, 3, 14, 14)}
     check(device, "patch_embed", tensors, torch.float32, {"layout": "NHWC"})

@@ -45,9 +45,10 @@ def test_prefix_tokens(prefix):
     check("patch_embed", *args, **kwargs, dtype=torch.float32)
 
 
-def test_batched_position_and_prefix():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batched_position_and_prefix(backend):
     args, kwargs = arguments()
-    check("patch_embed", *args, **{k: v[None] for k, v in kwargs.items()}, dtype=torch.float32)
+    check("patch_embed", *args, **{k: v[None] for k, v in kwargs.items()}, dtype=torch.float32, backend=backend)
 
 
 @pytest.mark.parametrize("missing", ["bias", "pos_embed"])
