@@ -87,13 +87,12 @@ def choose(x: Tensor, compute: torch.dtype, *others: Tensor | None) -> str:
 
 
 def _cpp_serves(x: Tensor, compute: torch.dtype, others: tuple[Tensor | None, ...]) -> bool:
-    return (
-        x.is_cpu
-        and compute in _CPP_COMPUTES
-        and x.dtype in _DTYPE_CODES
-        and all(o is None or o.dtype in _DTYPE_CODES for o in others)
-        and extension() is not None
-    )
+    if not (x.is_cpu and compute in _CPP_COMPUTES and x.dtype in _DTYPE_CODES):
+        return False
+    for other in others:  # all() takes longer
+        if other is not None and other.dtype not in _DTYPE_CODES:
+            return False
+    return extension() is not None
 
 
 def _triton_serves(x: Tensor, compute: torch.dtype) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvit.ops import _backend
+
 _LIBRARY = torch.library.Library("fastvit", "DEF")
 
 
@@ -98,8 +100,10 @@ _WRONG_TYPE = re.compile(r"fastvit::\w+\(\) Expected a value of type '(.+?)' for
 
 def _call(op: Any, kernel: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     if _concerns_nobody_else(arguments):
-        with contextlib.suppress(Exception):  # the dispatcher, which checks types, says what is wrong
+        try:
             return kernel(*arguments)
+        except Exception:  # the dispatcher, which checks types, says what is wrong
+            pass
     try:
         return op(*arguments)
     except RuntimeError as error:
@@ -109,18 +113,16 @@ def _call(op: Any, kernel: Callable[..., Any], arguments: tuple[Any, ...]) -> An
         raise TypeError(f"{name}: {given} is not accepted; give {accepted}") from None
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
 def _concerns_nobody_else(arguments: tuple[Any, ...]) -> bool:
     """Would the dispatcher, at some ten microseconds, only call the kernel?
 
-    So it is where nothing is differentiated, recorded or traced, for plain tensors on a CPU.
+    So it is where nothing is differentiated, recorded or traced, for plain tensors on a CPU, which have kinds.
     """
-    differentiable = torch.is_grad_enabled()
-    for a in arguments:
-        if isinstance(a, Tensor) and not (type(a) in _PLAIN and a.is_cpu and not (differentiable and a.requires_grad)):
-            return False
+    extension = _backend.extension()
+    if extension is None or extension.kinds_of(arguments) is None:
+        return False
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        return False
     return not (
         torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() or torch.autograd._profiler_enabled()
     )
@@ -186,7 +188,7 @@ def spread(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that products run in under autocast, or None outside it (and for float64, which autocast leaves)."""
-    device = x.device.type
+    device = "cpu" if x.is_cpu else x.device.type  # a string that is made anew, in two microseconds
     if device == "meta":  # which autocast does not know
         return None
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
