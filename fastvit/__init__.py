@@ -1,7 +1,7 @@
 """fastvit: fused kernels for the Vision Transformers you already have.
 
-`fastvit.optimize(model)` swaps the blocks of a timm, transformers or torchvision ViT for fused ones with the same
-weights and the same outputs; `fastvit.restore(model)` undoes it exactly.  Not related to Apple's FastViT network.
+`fastvit.optimize(model)` swaps the blocks of a timm, transformers, torchvision or open_clip ViT for fused ones with the
+same weights and the same outputs; `fastvit.restore(model)` undoes it exactly.  Not related to Apple's FastViT network.
 """
 
 from __future__ import annotations

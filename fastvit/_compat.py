@@ -11,7 +11,7 @@ from typing import Any
 # Kept alive: a torch.library.Library takes its operators with it.
 _libraries: list[Any] = []
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-_PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
+_PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "open_clip": "open_clip_torch"}
 _IN_BENCH_EXTRA = ("timm", "torchvision", "pillow", "scikit-learn", "rich", "matplotlib")
 
 
@@ -31,7 +31,7 @@ def import_library(name: str) -> ModuleType:
     if importlib.util.find_spec(library) is None:
         raise MissingLibraryError(f"{package} is not installed; get it with: {wanted}")
     try:
-        if library in ("timm", "torchvision", "transformers"):
+        if library in ("timm", "torchvision", "transformers", "open_clip"):
             _declare_torchvision_operators()
         return importlib.import_module(name)
     except (ImportError, RuntimeError) as error:

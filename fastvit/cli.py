@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import fastvit
 from fastvit._compat import MissingLibraryError, import_library
-from fastvit.bench import DTYPES, Progress, UsageError
+from fastvit.bench import DTYPES, LIBRARIES, Progress, UsageError
 
 # torch and everything above it is imported where it is needed: --help and a mistyped option answer at once.
 
@@ -110,15 +110,14 @@ def _parser() -> argparse.ArgumentParser:
         "fastvit check transformers:CLIPVisionModel --dtype bf16",
         "fastvit check path/to/config.json",
         "fastvit check torchvision:vit_b_16",
+        "fastvit check ViT-B-32",
     )
     check.add_argument(
         "model",
-        help="a timm name, a transformers class such as ViTModel or Dinov2Config, a config.json or its folder, or a "
-        "torchvision name; weights are random and nothing is downloaded",
+        help="a timm name, a transformers class such as ViTModel or Dinov2Config, a config.json or its folder, a "
+        "torchvision name, or an open_clip name; weights are random and nothing is downloaded",
     )
-    check.add_argument(
-        "--library", choices=("auto", "timm", "transformers", "torchvision"), default="auto", help="where it is from"
-    )
+    check.add_argument("--library", choices=("auto", *LIBRARIES), default="auto", help="where it is from")
     _add_dtypes(check)
     check.add_argument("--image-size", type=_positive, metavar="PIXELS", help="default: the model's own")
     check.add_argument("--batch", type=_positive, metavar="N", default=2, help="images")

@@ -7,7 +7,7 @@ import sys
 import time
 
 # What a user who only imports fastvit must not pay for.
-LAZY = ("triton", "timm", "transformers", "torchvision", "rich", "matplotlib", "sklearn", "fastvit._C")
+LAZY = ("triton", "timm", "transformers", "torchvision", "open_clip", "rich", "matplotlib", "sklearn", "fastvit._C")
 # Everything public: modules, functions and classes that are loaded on first use.
 TOUCH = "import torch, fastvit; [getattr(fastvit, name) for name in fastvit.__all__]"
 

@@ -296,12 +296,12 @@ def _convert_back(model: nn.Module, undo: _Undo) -> None:
 
 @torch.no_grad()
 def _run(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    # Norms and positions may have another dtype than what multiplies images.
+    weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    dtypes = [p.dtype for p in (*weights, *model.parameters()) if p.is_floating_point()]
 
     def fit(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point() and parameter is not None:
-            return value.to(parameter.dtype)
-        return value
+        return value.to(dtypes[0]) if dtypes and isinstance(value, Tensor) and value.is_floating_point() else value
 
     with torch.random.fork_rng():
         return model(*map(fit, inputs), **{k: fit(v) for k, v in kwargs.items()})

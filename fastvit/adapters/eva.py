@@ -17,10 +17,11 @@ from fastvit.adapters.parts import (
     check_linear,
     child,
     dropout,
+    inner_norm,
     linear,
     tensor,
 )
-from fastvit.adapters.timm import check_mlp, inner_norm, read_mlp
+from fastvit.adapters.timm import check_mlp, read_mlp
 
 LIBRARY = "eva"
 

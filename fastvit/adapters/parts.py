@@ -281,7 +281,7 @@ def dropout(module: nn.Module) -> Dropout:
 
 # ---- Whose code a module is ------------------------------------------------------------------------
 
-LIBRARIES = ("timm", "transformers", "torchvision", "fastvit", "torch")
+LIBRARIES = ("timm", "transformers", "torchvision", "open_clip", "fastvit", "torch")
 
 
 def is_published(defined: Any) -> bool:
@@ -368,6 +368,12 @@ def check_contents(module: nn.Module, children: set[str], name: str, tensors: se
         raise NotServed(f"{name} has {', '.join(sorted(extra))}")
 
 
+def inner_norm(module: Any, name: str) -> nn.Module | None:
+    """A norm inside attention or MLP; None where there is none (or an Identity)."""
+    norm = child(module, name)
+    return None if type(norm) is nn.Identity else norm
+
+
 def check_layer_scale(module: nn.Module | None, name: str) -> None:
     if module is not None and type(module) is not nn.Identity:
         check_contents(module, set(), "LayerScale", {name})
@@ -376,12 +382,27 @@ def check_layer_scale(module: nn.Module | None, name: str) -> None:
             raise NotServed(f"{type(module).__name__} is no LayerScale")
 
 
+def check_multihead_attention(attn: Any, name: str) -> None:
+    """Only torch's own, with one packed projection of samples that come first; raises NotServed."""
+    if type(attn) is not nn.MultiheadAttention:
+        raise NotServed(f"{name} is {type(attn).__name__}")
+    if attn.in_proj_weight is None or attn.bias_k is not None or attn.add_zero_attn or not attn.batch_first:
+        raise NotServed(f"{name} has split projections, bias_k, add_zero_attn or batch_first=False")
+    check_linear(attn.out_proj, f"{name}.out_proj")
+
+
 # Norms and activations of the libraries that compute what torch's own do, by module and class name.
-_NORMS = {("timm.layers.norm", "LayerNorm"), ("timm.layers.norm", "LayerNormFp32")}
+_NORMS = {
+    ("timm.layers.norm", "LayerNorm"),
+    ("timm.layers.norm", "LayerNormFp32"),
+    ("open_clip.transformer", "LayerNorm"),
+    ("open_clip.transformer", "LayerNormFp32"),
+}
 _ACTIVATIONS = {
     ("timm.layers.activations", "GELU"): "gelu",
     ("timm.layers.activations", "GELUTanh"): "gelu_tanh",
     ("timm.layers.activations", "QuickGELU"): "quick_gelu",
+    ("open_clip.transformer", "QuickGELU"): "quick_gelu",
     ("transformers.activations", "GELUActivation"): "gelu",
     ("transformers.activations", "GELUTanh"): "gelu_tanh",
     ("transformers.activations", "PytorchGELUTanh"): "gelu_tanh",

@@ -123,7 +123,10 @@ def _try(block: nn.Module, adapter: Any, tokens: tuple[int, ...]) -> Proof:
 
 def _trials(twin: nn.Module, adapter: Any, tokens: tuple[int, ...]) -> Iterator[tuple[str, Proof]]:
     """(circumstance, what a trial in it found)."""
-    yield "", _run_both_ways(twin, adapter, *_FIRST)
+    proof = _run_both_ways(twin, adapter, *_FIRST)
+    if not proof.ran:  # perhaps for float32 alone
+        proof = _run_both_ways(twin.float(), adapter, *_FIRST)
+    yield "", proof
     rope = rope_argument(adapter, type(twin))
     if rope is not None and not rope.required:
         yield f" without {rope.name}", _run_both_ways(twin, adapter, *_FIRST, rotated=False)

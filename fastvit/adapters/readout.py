@@ -83,7 +83,7 @@ def read_in_part(model: nn.Module) -> dict[Any, int]:
 
 
 # What the forward of a classifier calls on itself.
-_METHODS = ("forward", "forward_features", "forward_head", "pool")
+_METHODS = ("forward", "forward_features", "forward_head", "pool", "_pool", "_global_pool")
 
 
 def _is_as_published(module: nn.Module) -> bool:

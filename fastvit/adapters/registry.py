@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvit.adapters import eva, timm, torchvision, transformers
+from fastvit.adapters import eva, open_clip, timm, torchvision, transformers
 from fastvit.adapters.parts import (
     BlockParts,
     NotServed,
@@ -33,7 +33,7 @@ from fastvit.ops import use_backend
 # NotServed for a structure that it can't express; read(block) -> BlockParts, at every call; ROPE, how blocks are told
 # rotary positions, or None.  And of whole models: CLASSIFIERS, (module, name) of classes whose head reads the first
 # tokens; readout(model) -> Readout or None, likewise.
-ADAPTERS: tuple[ModuleType, ...] = (eva, timm, transformers, torchvision)
+ADAPTERS: tuple[ModuleType, ...] = (eva, timm, transformers, torchvision, open_clip)
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,12 @@ FAMILIES = (
     ),
     Family("DINOv3", "transformers 4.57, 5", "DINOv3ViTModel", "rotary positions, gated MLP"),
     Family("ViT", "torchvision", "vit_b_16 ... vit_h_14", "nn.MultiheadAttention"),
+    Family(
+        "CLIP, CoCa",
+        "open_clip 3",
+        "ViT-*, coca_ViT-*",
+        "norms inside a block too; the causal text tower runs as it was",
+    ),
 )
 
 
@@ -164,13 +170,14 @@ def _judge_callers(cls: type[nn.Module], adapter: Any, path: str, model: nn.Modu
         # What makes a position bias for all blocks goes by the name under which they take it.
         given = [d for d in others if isinstance(getattr(caller, d, None), (nn.Module, Tensor))]
         if given:
-            return Verdict(reason=f"{name} calls it with {', '.join(given)}")
+            # A text tower, which nobody asks for.
+            mask = all(d.endswith("mask") for d in given)
+            return Verdict(reason=f"{name} calls it with {', '.join(given)}", strict=not mask)
         # timm's name for angles that each head has of its own (Heo et al. 2024).
         if rope is not None and getattr(caller, "rope_mixed", False):
             return Verdict(reason=f"{name} calls it with a rotation of its own for each head")
         code = getattr(inspect.unwrap(type(caller).forward), "__code__", None)
         if code is not None and any(re.search("create_.*causal_.*mask", called) for called in code.co_names):
-            # A text tower, which nobody asks for.
             return Verdict(reason=f"{name} calls it with a causal mask", strict=False)
     return None
 
@@ -194,7 +201,7 @@ def judge_classifier(module: nn.Module) -> Verdict | None:
     return None
 
 
-_PATCH_CONV_NAMES = ("proj", "projection", "patch_embedding", "patch_embeddings", "conv_proj")
+_PATCH_CONV_NAMES = ("proj", "projection", "patch_embedding", "patch_embeddings", "conv_proj", "conv1")
 
 
 def judge_patch_conv(path: str, module: nn.Module) -> Verdict | None:

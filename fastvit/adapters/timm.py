@@ -16,6 +16,7 @@ from fastvit.adapters.parts import (
     check_linear,
     child,
     dropout,
+    inner_norm,
     layer_scale,
     linear,
     tensor,
@@ -90,12 +91,6 @@ def read(block: nn.Module) -> BlockParts:
         proj_norm=inner_norm(attn, "norm"),
         fc2_norm=inner_norm(mlp, "norm"),
     )
-
-
-def inner_norm(module: Any, name: str) -> nn.Module | None:
-    """A norm inside attention or MLP; None where there is none (or an Identity)."""
-    norm = child(module, name)
-    return None if type(norm) is nn.Identity else norm
 
 
 def read_mlp(mlp: Any) -> tuple[tuple[Projection, ...], Any]:

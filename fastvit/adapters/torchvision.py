@@ -11,7 +11,7 @@ from fastvit.adapters.parts import (
     NotServed,
     Readout,
     check_contents,
-    check_linear,
+    check_multihead_attention,
     child,
     dropout,
     linear,
@@ -30,13 +30,8 @@ def matches(block: nn.Module) -> bool:
 
 
 def check(block: Any) -> None:
-    attn = block.self_attention
     check_contents(block, {"ln_1", "self_attention", "dropout", "ln_2", "mlp"}, "block")
-    if type(attn) is not nn.MultiheadAttention:
-        raise NotServed(f"self_attention is {type(attn).__name__}")
-    if attn.in_proj_weight is None or attn.bias_k is not None or attn.add_zero_attn or not attn.batch_first:
-        raise NotServed("self_attention has split projections, bias_k, add_zero_attn or batch_first=False")
-    check_linear(attn.out_proj, "out_proj")
+    check_multihead_attention(block.self_attention, "self_attention")
     kinds = [type(m) for m in block.mlp if type(m) is not nn.Dropout]
     if kinds != [nn.Linear, nn.GELU, nn.Linear]:
         raise NotServed("MLP is not Linear, GELU, Linear")

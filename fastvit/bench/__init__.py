@@ -10,6 +10,9 @@ from collections.abc import Callable
 # The command's names of precisions, and torch's.
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
+# Whose models can be built by name.
+LIBRARIES = ("timm", "transformers", "torchvision", "open_clip")
+
 # As docs/design.md defines them: relative L2 against float64, and its ratio to eager's in the same dtype.
 FLOAT32_TOLERANCE = 1e-5
 LOW_PRECISION_RATIO = 1.2

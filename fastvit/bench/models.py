@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastvit._compat import MissingLibraryError, import_library
 from fastvit.adapters import optimize
 from fastvit.adapters.readout import read_in_part
-from fastvit.bench import UsageError
+from fastvit.bench import LIBRARIES, UsageError
 
 Size = tuple[int, int, int]  # channels, height, width
 
@@ -69,8 +69,9 @@ def build(name: str, library: str = "auto", image_size: int | None = None) -> tu
 
     Args:
         name: a timm name; "transformers:CLASS" or CLASS such as ViTModel or Dinov2Config (its defaults, or a
-            config.json or its folder); or a torchvision builder such as vit_b_16.
-        library: "timm", "transformers", "torchvision", or "auto" to try what the name looks like.
+            config.json or its folder); a torchvision builder such as vit_b_16; or an open_clip name such as ViT-B-32,
+            for its image tower.
+        library: one of `fastvit.bench.LIBRARIES`, or "auto" to try what the name looks like.
         image_size: pixels; the model's own by default.
 
     Raises:
@@ -83,6 +84,7 @@ def build(name: str, library: str = "auto", image_size: int | None = None) -> tu
         "timm": _timm,
         "transformers": _transformers,
         "torchvision": _torchvision,
+        "open_clip": _open_clip,
     }[library]
     try:
         model, size = builder(name.removeprefix(f"{library}:"), image_size)
@@ -112,16 +114,18 @@ def _one_line(error: Exception) -> str:
 
 
 def _guess_library(name: str) -> str:
-    for library in ("timm", "transformers", "torchvision"):
+    for library in LIBRARIES:
         if name.startswith(f"{library}:"):
             return library
-    if Path(name).exists() or name.endswith(".json") or (name[:1].isupper() and "_" not in name):
+    if Path(name).exists() or name.endswith(".json") or (name[:1].isupper() and not {"_", "-"} & set(name)):
         return "transformers"
     if "/" in name:
         raise UsageError(
             f"{name!r} names a checkpoint on a hub, and nothing is downloaded here; give its class "
             "(such as Dinov2Model) or a local config.json"
         )
+    if "-" in name:
+        return "open_clip"
     return "torchvision" if name.startswith("vit_") and name.split("_")[1] in ("b", "l", "h") else "timm"
 
 
@@ -185,3 +189,20 @@ def _torchvision(name: str, image_size: int | None) -> tuple[nn.Module, Size]:
     size = image_size or 224
     model = models.get_model(name, **({} if image_size is None else {"image_size": size}))
     return model, (3, size, size)
+
+
+def _open_clip(name: str, image_size: int | None) -> tuple[nn.Module, Size]:
+    open_clip: Any = import_library("open_clip")
+    known = open_clip.list_models()
+    if name not in known:
+        raise UsageError(f"open_clip has no model {name!r}{_close(name, known)}")
+    config = open_clip.get_model_config(name)
+    vision = {**config["vision_cfg"], "timm_model_pretrained": False}
+    if image_size is not None:
+        vision["image_size"] = image_size
+    # Not the model's own, which may be downloaded.
+    text = {"width": 64, "heads": 1, "layers": 1}
+    model = open_clip.CLIP(config["embed_dim"], vision, text, quick_gelu=config.get("quick_gelu", False)).visual
+    size = model.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return model, (3, height, width)

@@ -25,8 +25,8 @@ def create_model(
     Args:
         name: such as "vit_base_patch16_224" (see `list_models`); any patch and image size may be asked for.
         checkpoint: a file (.safetensors, .npz of the original JAX code, or what torch.save wrote) or a state dict, in
-            the layout of timm, transformers (4 or 5), torchvision or the original JAX code; its keys tell which.
-            Positions of another grid are interpolated.
+            the layout of timm, transformers (4 or 5), torchvision, open_clip (its image tower) or the original JAX
+            code; its keys tell which.  Positions of another grid are interpolated.
         overrides: any argument of `FastViT`, for instance num_classes=10, img_size=(224, 448), in_chans=12.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Checkpoints of timm, transformers (4 and 5), torchvision and the original JAX code, told apart by their keys.
+"""Checkpoints of timm, transformers (4 and 5), torchvision, open_clip and the original JAX code.
 
-Each layout is a table of renamings towards timm's keys, which are FastViT's own.  Nothing is copied into the model
-before every tensor has found its place.
+They are told apart by their keys.  Each layout is a table of renamings towards timm's keys, which are FastViT's own.
+Nothing is copied into the model before every tensor has found its place.
 """
 
 from __future__ import annotations
@@ -192,7 +192,10 @@ _TRANSFORMERS_DROP = (
 
 
 def _transformers(state: State) -> State:
+    projection = state.get("visual_projection.weight")
     state = _rename(state, _TRANSFORMERS, _TRANSFORMERS_DROP)
+    if projection is not None:
+        state["head.bias"] = torch.zeros(len(projection))
     state = _join(state, "q_proj k_proj v_proj", "qkv")
     state = _join(state, "gate_proj up_proj", "fc1")
     for leaf in ("weight", "bias"):
@@ -210,6 +213,33 @@ def _transformers(state: State) -> State:
             "checkpoint: the classifier takes class token and mean patch token together, FastViT's takes one of them; "
             "load the backbone without it (drop classifier.*) and num_classes=0"
         )
+    return state
+
+
+_OPEN_CLIP: tuple[_Rule, ...] = (
+    (r"^conv1\.", "patch_embed.proj."),
+    (r"^class_embedding$", "cls_token"),
+    (r"^positional_embedding$", "pos_embed"),
+    (r"^ln_pre\.", "norm_pre."),
+    (r"^ln_post\.", "norm."),
+    (r"^proj$", "head.weight"),
+    (r"^transformer\.resblocks\.(\d+)\.", r"blocks.\1."),
+    (r"\.ln_([12])\.", r".norm\1."),
+    (r"\.ls_([12])\.", r".ls\1."),
+    (r"\.attn\.in_proj_", ".attn.qkv."),
+    (r"\.attn\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+)
+
+
+def _open_clip(state: State) -> State:
+    """The image tower of open_clip's models and of the original CLIP code."""
+    tower = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
+    state = _rename(tower or state, _OPEN_CLIP)
+    state["cls_token"], state["pos_embed"] = state["cls_token"].view(1, 1, -1), state["pos_embed"][None]
+    if (head := state.get("head.weight")) is not None:
+        state["head.weight"], state["head.bias"] = head.T.contiguous(), torch.zeros(head.shape[1])
     return state
 
 
@@ -285,6 +315,7 @@ _LAYOUTS: tuple[tuple[str, str, Callable[[State], State]], ...] = (
         r"(^|\.)embeddings\.(patch_embeddings\.projection|patch_embedding)\.weight$",
         _transformers,
     ),
+    ("open_clip", r"^(visual\.)?class_embedding$", _open_clip),
     ("timm", r"^patch_embed\.proj\.weight$", _timm),
 )
 

@@ -30,8 +30,17 @@ READ = {
     "hf vit classifier": 1,
     "hf deit teacher": 2,
     "torchvision vit": 1,
+    "open_clip clip": 1,
+    "open_clip inner norms": 1,
 }
-ALL_READ = ["timm siglip", "hf vit", "hf dinov2 registers classifier", "hf clip"]
+ALL_READ = [
+    "timm siglip",
+    "hf vit",
+    "hf dinov2 registers classifier",
+    "hf clip",
+    "open_clip layer scale",
+    "open_clip coca",
+]
 
 
 @pytest.fixture

@@ -80,5 +80,5 @@ def test_compare_leaves_the_model_optimized_when_it_fails(vit):
 def test_the_documented_families_are_those_that_are_tested():
     """Every row of the registry has a model in the zoo."""
     tested = {name.split()[0] for name in zoo.MODELS}
-    assert {f.library.split()[0] for f in FAMILIES} == {"timm", "transformers", "torchvision"}
-    assert tested == {"timm", "hf", "torchvision"}
+    assert {f.library.split()[0] for f in FAMILIES} == {"timm", "transformers", "torchvision", "open_clip"}
+    assert tested == {"timm", "hf", "torchvision", "open_clip"}

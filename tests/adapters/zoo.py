@@ -45,6 +45,19 @@ def torchvision() -> nn.Module:
     return import_library("torchvision").models.VisionTransformer(32, 8, 2, 2, 64, 136, num_classes=64)
 
 
+def open_clip(**options: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        transformer = import_library("open_clip.transformer")
+        return transformer.VisionTransformer(32, 8, 64, 2, 2, 2.125, output_dim=64, **options)
+
+    return make
+
+
+def open_clip_norms() -> nn.Module:
+    inside = {"qk_norm": True, "scale_attn_inner": True, "scale_fc": True}
+    return open_clip(**inside, act_layer=import_library("open_clip.transformer").QuickGELU)()
+
+
 def swiglu() -> dict[str, Any]:
     layers = import_library("timm.layers")
     return {"mlp_layer": layers.SwiGLUPacked, "mlp_ratio": 5.3125, "act_layer": nn.SiLU, "init_values": 0.1}
@@ -92,10 +105,15 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "hf dinov3": hf("DINOv3ViTModel", "DINOv3ViTConfig", num_register_tokens=4, pos_embed_rescale=None),
     "hf dinov3 gated": hf("DINOv3ViTModel", "DINOv3ViTConfig", use_gated_mlp=True, hidden_act="silu", key_bias=True),
     "torchvision vit": torchvision,
+    "open_clip clip": open_clip(),
+    "open_clip layer scale": open_clip(ls_init_value=0.1, pool_type="avg", no_ln_pre=True, final_ln_after_pool=True),
+    "open_clip coca": open_clip(attentional_pool=True, attn_pooler_queries=7, attn_pooler_heads=2, output_tokens=True),
+    "open_clip inner norms": open_clip_norms,
 }
 
 ONE_OF_EACH = [
     "timm vit", "timm dinov3 biases", "hf vit", "hf clip", "hf dinov2", "hf dinov3", "torchvision vit",
+    "open_clip clip",
 ]  # fmt: skip
 
 

@@ -34,6 +34,16 @@ def test_count_flops_of_torchvision_sees_through_the_fused_attention():
         assert count_flops(model, torch.zeros(1, *size)) == vit_flops(768, 12, 32, 32, 1000)
 
 
+def test_the_image_tower_of_open_clip():
+    pytest.importorskip("open_clip")
+    model, size = build("ViT-B-32-quickgelu", image_size=64)
+    assert size == (3, 64, 64)
+    assert type(model).__name__ == "VisionTransformer" and not hasattr(model, "token_embedding")
+    assert type(model.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+    with torch.inference_mode(False), torch.no_grad():
+        assert count_flops(model, torch.zeros(1, *size)) == vit_flops(768, 12, 32, 64, 512)
+
+
 def test_count_flops_of_transformers(tmp_path):
     pytest.importorskip("transformers")
     config = {
@@ -67,6 +77,7 @@ def test_randomize_leaves_nothing_nice():
         ("AutoModel", "auto", "no single model"),
         ("google/vit-base-patch16-224", "auto", "nothing is downloaded"),
         ("vit_b_17", "auto", "close: vit_b_16"),
+        ("ViT-B-31", "auto", "open_clip has no model 'ViT-B-31'; close: ViT-B-32"),
     ],
 )
 def test_a_wrong_name_is_told(name, library, message):

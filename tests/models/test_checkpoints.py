@@ -55,6 +55,11 @@ def transformers_cases():
             ours("vit_base_patch8_clip_quickgelu_32", num_classes=0),
             pooler,
         ),
+        "CLIPVisionModelWithProjection": (
+            tf.CLIPVisionModelWithProjection(tf.CLIPVisionConfig(**HF, projection_dim=7)),
+            ours("vit_base_patch8_clip_quickgelu_32", num_classes=7),
+            lambda o: o.image_embeds,
+        ),
         "SiglipVisionModel": (
             tf.SiglipVisionModel(tf.SiglipVisionConfig(**HF)),
             ours("vit_base_patch8_siglip_32", act_layer="gelu_tanh"),
@@ -81,6 +86,7 @@ def transformers_cases():
         "ViTForImageClassification",
         "DeiTModel",
         "CLIPVisionModel",
+        "CLIPVisionModelWithProjection",
         "SiglipVisionModel",
         "Dinov2Model",
         "Dinov2Model SwiGLU",
@@ -143,6 +149,27 @@ def test_torchvision(tmp_path):
     theirs = nasty.randomize(torchvision.models.VisionTransformer(32, 8, 2, 2, 64, 256, num_classes=7)).eval()
     torch.save(theirs.state_dict(), tmp_path / "model.pth")
     agree(theirs, ours(num_classes=7)(tmp_path / "model.pth"))
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_open_clip(quick_gelu, tmp_path):
+    """The whole model's file, as it is published; the original CLIP code has the same names."""
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
+    text = {"width": 64, "heads": 2, "layers": 1, "vocab_size": 9}
+    theirs = nasty.randomize(open_clip.CLIP(7, vision, text, quick_gelu=quick_gelu)).eval()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "model.pt")
+    name = "vit_base_patch8_clip_quickgelu_32" if quick_gelu else "vit_base_patch8_clip_32"
+    agree(theirs.visual, ours(name, num_classes=7)(tmp_path / "model.pt"))
+    feature = fastvit.create_model(name, checkpoint=theirs.visual.state_dict(), **SHAPE, num_classes=0)
+    assert feature(torch.randn(2, 3, 32, 32)).shape == (2, 64)
+
+
+def test_open_clip_layer_scale():
+    transformer = pytest.importorskip("open_clip.transformer")
+    theirs = transformer.VisionTransformer(32, 8, 64, 2, 2, 4.0, ls_init_value=0.1, output_dim=7)
+    nasty.randomize(theirs).eval()
+    agree(theirs, ours("vit_base_patch8_clip_32", num_classes=7, init_values=0.1)(theirs.state_dict()))
 
 
 def jax_arrays(g, *, big_vision=False, classes=7, map_head=False):
