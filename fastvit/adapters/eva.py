@@ -1,4 +1,4 @@
-"""timm's `eva.EvaBlock`: DINOv3, EVA-02, RoPE-ViT, the Perception Encoder and the like."""
+"""timm's `eva.EvaBlock` and blocks like it: DINOv3, EVA-02, RoPE-ViT, the Perception Encoder, Sapiens2, Qwen3-VL's."""
 
 from __future__ import annotations
 
@@ -54,6 +54,8 @@ def check(block: Any) -> None:
     )
     names = {"qkv", *_PROJECTIONS, "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
     check_contents(attn, names, "attention", set(_BIASES))
+    if (shared := getattr(attn, "num_kv_heads", attn.num_heads)) != attn.num_heads:
+        raise NotServed(f"{attn.num_heads} heads share {shared} of keys and values")
     for name in _PROJECTIONS if attn.qkv is None else ("qkv",):
         check_linear(getattr(attn, name), f"attn.{name}")
     check_linear(attn.proj, "attn.proj")

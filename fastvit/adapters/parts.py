@@ -393,10 +393,12 @@ def check_multihead_attention(attn: Any, name: str) -> None:
 
 # Norms and activations of the libraries that compute what torch's own do, by module and class name.
 _NORMS = {
-    ("timm.layers.norm", "LayerNorm"),
-    ("timm.layers.norm", "LayerNormFp32"),
-    ("open_clip.transformer", "LayerNorm"),
-    ("open_clip.transformer", "LayerNormFp32"),
+    ("timm.layers.norm", "LayerNorm"): nn.LayerNorm,
+    ("timm.layers.norm", "LayerNormFp32"): nn.LayerNorm,
+    ("timm.layers.norm", "RmsNorm"): nn.RMSNorm,
+    ("timm.layers.norm", "RmsNormFp32"): nn.RMSNorm,
+    ("open_clip.transformer", "LayerNorm"): nn.LayerNorm,
+    ("open_clip.transformer", "LayerNormFp32"): nn.LayerNorm,
 }
 _ACTIVATIONS = {
     ("timm.layers.activations", "GELU"): "gelu",
@@ -407,6 +409,7 @@ _ACTIVATIONS = {
     ("transformers.activations", "GELUTanh"): "gelu_tanh",
     ("transformers.activations", "PytorchGELUTanh"): "gelu_tanh",
     ("transformers.activations", "NewGELUActivation"): "gelu_tanh",
+    ("transformers.activations", "FastGELUActivation"): "gelu_tanh",
     ("transformers.activations", "QuickGELUActivation"): "quick_gelu",
     ("transformers.activations", "SiLUActivation"): "silu",
 }
@@ -418,8 +421,9 @@ def _origin(module: nn.Module) -> tuple[str, str]:
 
 def read_norm(module: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     """A norm as arguments of `norm_linear`; raises NotServed."""
-    known = type(module) in (nn.LayerNorm, nn.RMSNorm, nn.Identity) or _origin(module) in _NORMS
-    arguments = norm_arguments(module, dtype) if known else None
+    kind: type[nn.Module] = _NORMS.get(_origin(module), type(module))
+    known = kind in (nn.LayerNorm, nn.RMSNorm, nn.Identity)
+    arguments = norm_arguments(module, dtype, kind) if known else None
     if arguments is None:
         raise NotServed(f"norm is {type(module).__name__}")
     return arguments

@@ -151,14 +151,14 @@ def _run_both_ways(
     try:
         parts = adapter.read(twin)
         weight = parts.qkv[0][0]
-        prefix = parts.rope_prefix or 0
+        prefix = 1 if parts.rope_prefix is None else parts.rope_prefix
         tokens += prefix if tokens <= prefix else 0
         x = torch.randn(batch, tokens, weight.shape[1], dtype=torch.float64, device="cpu").to(weight.dtype)
         if massive:
             x[..., 0] *= 100.0
         if rope is not None:
             head_dim = parts.proj[0].shape[1] // parts.num_heads
-            tables = torch.randn(2, tokens - max(prefix, 1), head_dim, dtype=torch.float64, device="cpu")
+            tables = torch.randn(2, tokens - prefix, head_dim, dtype=torch.float64, device="cpu")
             cos, sin = tables.to(x.dtype)
             angles, given = (cos, sin), {rope.name: rope.make((cos, sin))}
         if twin.training and block_obstacle(parts, x, angles) is not None:
@@ -200,6 +200,8 @@ def isolated_copy(block: nn.Module, dtype: torch.dtype) -> nn.Module:
     twin = copy.deepcopy(block)
     if any(t.is_meta for t in (*twin.parameters(), *twin.buffers())):
         twin = twin.to_empty(device="cpu")
+        for buffer in twin.buffers():
+            buffer.zero_()
     twin = twin.to("cpu", dtype).eval()
     for module in twin.modules():
         module._forward_hooks.clear()

@@ -61,6 +61,12 @@ FAMILIES = (
         "eva02_*, vit_*_rope_*, vit_pe_*",
         "norms inside a block too; mixed RoPE and eva02_enormous (post-norm) stay as they are",
     ),
+    Family(
+        "Sapiens2, and the image towers of Qwen3 and DeepSeek",
+        "timm",
+        "vit_*_sapiens2, qwen3_vit_*, deepseek_vit_*",
+        "RMSNorm; where heads share keys and values a block stays as it is",
+    ),
     Family("ViT", "transformers 4.57, 5", "ViTModel, ViTFor*"),
     Family("DeiT", "transformers 4.57, 5", "DeiTModel, DeiTFor*", "distillation token"),
     Family("CLIP vision", "transformers 4.57, 5", "CLIPVisionModel, CLIPModel", "the causal text tower runs as it was"),

@@ -54,14 +54,17 @@ def activation_name(module: nn.Module) -> str | None:
     return names.get(kind)
 
 
-def norm_arguments(module: nn.Module, dtype: torch.dtype) -> dict[str, Any] | None:
-    """Keyword arguments `norm`, `norm_weight`, `norm_bias`, `eps` for a norm module, or None for one they lack."""
-    kind = type(module)
+def norm_arguments(module: Any, dtype: torch.dtype, kind: type[nn.Module] | None = None) -> dict[str, Any] | None:
+    """Keyword arguments `norm`, `norm_weight`, `norm_bias`, `eps` for a norm module, or None for one they lack.
+
+    kind: torch's class that computes what the module does, if it is none of torch's own.
+    """
+    kind = kind or type(module)
     if kind is nn.Identity:
         return {"norm": "none"}
-    if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or len(module.normalized_shape) != 1:
+    if not issubclass(kind, (nn.LayerNorm, nn.RMSNorm)) or len(module.normalized_shape) != 1:
         return None
-    if isinstance(module, nn.LayerNorm):
+    if issubclass(kind, nn.LayerNorm):
         return {"norm": "layer", "norm_weight": module.weight, "norm_bias": module.bias, "eps": module.eps}
     # torch's RMSNorm takes the dtype's own epsilon when none is given.
     eps = torch.finfo(dtype).eps if module.eps is None else module.eps

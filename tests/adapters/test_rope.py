@@ -16,7 +16,8 @@ from tests import nasty
 from tests.adapters import zoo
 from tests.tolerances import relative_l2
 
-ROTATED = [name for name in zoo.MODELS if any(word in name for word in ("dinov3", "eva02", "rope"))]
+WORDS = ("dinov3", "eva02", "rope", "sapiens2", "qwen3", "deepseek")
+ROTATED = [name for name in zoo.MODELS if any(word in name for word in WORDS)]
 
 
 def run(model, *args, **kwargs):
@@ -37,6 +38,18 @@ def test_every_block_is_served(name):
     for _ in range(2):  # from the modules, and prepared
         assert relative_l2(run(model, x), expected) < 1e-5
         assert not reasons(model)
+
+
+def test_heads_that_share_keys_and_values_are_left():
+    """Sapiens2's middle blocks: their neighbours of the same class are served all the same."""
+    make = zoo.timm_named("vit_base_patch16_sapiens2", patch_size=8, num_kv_heads=(1, 2), **zoo.EVA)
+    model = nasty.randomize(make()).eval()
+    x = zoo.image(model)
+    expected = run(copy.deepcopy(model), x)
+    with pytest.raises(fastvit.UnsupportedModelError, match="2 heads share 1 of keys and values"):
+        fastvit.optimize(model, strict=True)
+    assert relative_l2(run(fastvit.optimize(model), x), expected) < 1e-5
+    assert [r.status for r in fastvit.report(model).rows if "blocks" in r.path] == ["left", "fused"]
 
 
 def test_positions_matter():
