@@ -421,7 +421,10 @@ def _origin(module: nn.Module) -> tuple[str, str]:
 
 def read_norm(module: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     """A norm as arguments of `norm_linear`; raises NotServed."""
-    kind: type[nn.Module] = _NORMS.get(_origin(module), type(module))
+    library, name = _origin(module)
+    if library.startswith("transformers.models.") and name.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+        return {"norm": "rms", "norm_weight": module.weight, "eps": module.variance_epsilon}
+    kind: type[nn.Module] = _NORMS.get((library, name), type(module))
     known = kind in (nn.LayerNorm, nn.RMSNorm, nn.Identity)
     arguments = norm_arguments(module, dtype, kind) if known else None
     if arguments is None:

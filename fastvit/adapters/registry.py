@@ -75,6 +75,12 @@ FAMILIES = (
         "DINOv2", "transformers 4.57, 5", "Dinov2Model, Dinov2WithRegistersModel", "LayerScale, DropPath, SwiGLU giant"
     ),
     Family("DINOv3", "transformers 4.57, 5", "DINOv3ViTModel", "rotary positions, gated MLP"),
+    Family(
+        "AIMv2, InternVL vision",
+        "transformers 4.57, 5",
+        "Aimv2VisionModel, InternVLVisionModel",
+        "RMSNorm, gated MLP; with norms of q and k (InternVL of 6B) as they are",
+    ),
     Family("ViT", "torchvision", "vit_b_16 ... vit_h_14", "nn.MultiheadAttention"),
     Family(
         "CLIP, CoCa",
@@ -207,7 +213,7 @@ def judge_classifier(module: nn.Module) -> Verdict | None:
     return None
 
 
-_PATCH_CONV_NAMES = ("proj", "projection", "patch_embedding", "patch_embeddings", "conv_proj", "conv1")
+_PATCH_CONV_NAMES = ("proj", "projection", "patch_embedding", "patch_embeddings", "patch_embed", "conv_proj", "conv1")
 
 
 def judge_patch_conv(path: str, module: nn.Module) -> Verdict | None:

@@ -1,4 +1,4 @@
-"""transformers' encoder layers: ViT, DeiT, CLIP vision, SigLIP vision, Dinov2 (with registers) and DINOv3.
+"""transformers' encoder layers: ViT, DeiT, CLIP, SigLIP, Dinov2 (with registers), DINOv3, AIMv2 and InternVL.
 
 As they are in versions 4.57 and 5.
 
@@ -75,9 +75,9 @@ def _layers(block: nn.Module) -> _Layers:
     outer = child(block, "attention", "self_attn")
     attn = child(outer, "attention") or outer
     q, k, v = child(attn, "q_proj", "query"), child(attn, "k_proj", "key"), child(attn, "v_proj", "value")
-    proj = child(child(outer, "output"), "dense") or child(attn, "o_proj", "out_proj")
+    proj = child(child(outer, "output"), "dense") or child(attn, "o_proj", "out_proj", "projection_layer")
     fc1: tuple[Any, ...]
-    if (mlp := child(block, "mlp")) is None:
+    if (mlp := child(block, "mlp", "ffn")) is None:
         # ViT of version 4: intermediate.dense, intermediate.intermediate_act_fn, output.dense.
         inner = child(block, "intermediate")
         fc1, activation, fc2 = (
@@ -96,9 +96,14 @@ def _layers(block: nn.Module) -> _Layers:
 
 def _norms(block: nn.Module) -> tuple[Any, Any]:
     return (
-        child(block, "layernorm_before", "layer_norm1", "norm1"),
-        child(block, "layernorm_after", "layer_norm2", "norm2"),
+        child(block, "layernorm_before", "layer_norm1", "norm1", "rms_norm1"),
+        child(block, "layernorm_after", "layer_norm2", "norm2", "rms_norm2"),
     )
+
+
+def _layer_scale(block: nn.Module, half: int) -> Any:
+    own: Any = getattr(block, f"lambda_{half}", None)
+    return layer_scale(child(block, f"layer_scale{half}"), "lambda1") if own is None else own
 
 
 def matches(block: nn.Module) -> bool:
@@ -113,23 +118,24 @@ def check(block: Any) -> None:
         block,
         {
             "attention", "self_attn", "layernorm_before", "layer_norm1", "norm1", "layernorm_after", "layer_norm2",
-            "norm2", "mlp", "intermediate", "output", "dropout", "layer_scale1", "layer_scale2", "drop_path",
+            "norm2", "rms_norm1", "rms_norm2", "mlp", "ffn", "intermediate", "output", "dropout", "layer_scale1",
+            "layer_scale2", "drop_path",
         },
         "block",
+        {"lambda_1", "lambda_2"},
     )  # fmt: skip
     layers = _layers(block)
     if layers.outer is not layers.attn:
         check_contents(layers.outer, {"attention", "output"}, "attention")
         check_contents(layers.outer.output, {"dense", "dropout"}, "attention")
     names = {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key", "value"}
-    check_contents(layers.attn, names, "attention")
+    check_contents(layers.attn, names | {"projection_layer", "projection_dropout"}, "attention")
     for name, module in (("query", layers.q), ("key", layers.k), ("value", layers.v), ("output", layers.proj)):
         check_linear(module, f"{name} projection")
     check_layer_scale(getattr(block, "layer_scale1", None), "lambda1")
     check_layer_scale(getattr(block, "layer_scale2", None), "lambda1")
 
-    mlp = getattr(block, "mlp", None)
-    if mlp is None:
+    if (mlp := child(block, "mlp", "ffn")) is None:
         check_contents(block.intermediate, {"dense", "intermediate_act_fn"}, "MLP")
         check_contents(block.output, {"dense", "dropout"}, "MLP")
     else:
@@ -152,8 +158,8 @@ def read(block: nn.Module) -> BlockParts:
     norm1, norm2 = _norms(block)
     drop_path = child(block, "drop_path")
     drops: list[Dropout] = [(_setting(attn, "dropout_prob", "attention_dropout", "dropout") or 0.0, attn)]
-    for parent in (block, child(outer, "output"), child(block, "output")):
-        if (module := child(parent, "dropout")) is not None:
+    for parent in (block, child(outer, "output"), child(block, "output"), attn):
+        if (module := child(parent, "dropout", "projection_dropout")) is not None:
             drops.append(dropout(module))
     return BlockParts(
         norm1=norm1,
@@ -163,13 +169,13 @@ def read(block: nn.Module) -> BlockParts:
         q_norm=None,
         k_norm=None,
         proj=linear(proj),
-        layer_scale1=layer_scale(child(block, "layer_scale1"), "lambda1"),
+        layer_scale1=_layer_scale(block, 1),
         drop_path1=drop_path,
         norm2=norm2,
         fc1=tuple(map(linear, fc1)),
         activation=activation,
         fc2=linear(fc2),
-        layer_scale2=layer_scale(child(block, "layer_scale2"), "lambda1"),
+        layer_scale2=_layer_scale(block, 2),
         drop_path2=drop_path,
         dropouts=tuple(drops),
         config=config,

@@ -110,6 +110,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "hf dinov3": hf("DINOv3ViTModel", "DINOv3ViTConfig", num_register_tokens=4, pos_embed_rescale=None),
     "hf dinov3 gated": hf("DINOv3ViTModel", "DINOv3ViTConfig", use_gated_mlp=True, hidden_act="silu", key_bias=True),
+    "hf aimv2": hf("Aimv2VisionModel", "Aimv2VisionConfig"),
+    "hf internvl": hf("InternVLVisionModel", "InternVLVisionConfig", image_size=(32, 32), patch_size=(8, 8)),
+    "hf internvl rms norm": hf(
+        "InternVLVisionModel", "InternVLVisionConfig", image_size=(32, 32), patch_size=(8, 8), norm_type="rms_norm"
+    ),
     "torchvision vit": torchvision,
     "open_clip clip": open_clip(),
     "open_clip layer scale": open_clip(ls_init_value=0.1, pool_type="avg", no_ln_pre=True, final_ln_after_pool=True),
