@@ -76,9 +76,9 @@ FAMILIES = (
     ),
     Family("DINOv3", "transformers 4.57, 5", "DINOv3ViTModel", "rotary positions, gated MLP"),
     Family(
-        "AIMv2, InternVL vision",
+        "AIMv2, InternVL and BLIP vision",
         "transformers 4.57, 5",
-        "Aimv2VisionModel, InternVLVisionModel",
+        "Aimv2VisionModel, InternVLVisionModel, BlipVisionModel, Blip2VisionModel",
         "RMSNorm, gated MLP; with norms of q and k (InternVL of 6B) as they are",
     ),
     Family("ViT", "torchvision", "vit_b_16 ... vit_h_14", "nn.MultiheadAttention"),

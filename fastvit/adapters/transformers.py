@@ -1,4 +1,4 @@
-"""transformers' encoder layers: ViT, DeiT, CLIP, SigLIP, Dinov2 (with registers), DINOv3, AIMv2 and InternVL.
+"""transformers' encoder layers: ViT, DeiT, CLIP, SigLIP, Dinov2 (with registers), DINOv3, AIMv2, InternVL and BLIP.
 
 As they are in versions 4.57 and 5.
 
@@ -57,14 +57,15 @@ def _setting(module: nn.Module, *names: str) -> Any:
     return None
 
 
+_PROJECTIONS = ("o_proj", "out_proj", "projection_layer", "projection")
+
+
 class _Layers(NamedTuple):
     """The modules of an encoder layer under whichever names this version gives them."""
 
     outer: Any  # version 4 nests: attention.attention.query, attention.output.dense
     attn: Any
-    q: Any
-    k: Any
-    v: Any
+    qkv: tuple[Any, ...]
     proj: Any
     fc1: tuple[Any, ...]
     activation: Any
@@ -74,8 +75,11 @@ class _Layers(NamedTuple):
 def _layers(block: nn.Module) -> _Layers:
     outer = child(block, "attention", "self_attn")
     attn = child(outer, "attention") or outer
-    q, k, v = child(attn, "q_proj", "query"), child(attn, "k_proj", "key"), child(attn, "v_proj", "value")
-    proj = child(child(outer, "output"), "dense") or child(attn, "o_proj", "out_proj", "projection_layer")
+    if (packed := child(attn, "qkv")) is not None:
+        qkv: tuple[Any, ...] = (packed,)
+    else:
+        qkv = child(attn, "q_proj", "query"), child(attn, "k_proj", "key"), child(attn, "v_proj", "value")
+    proj = child(child(outer, "output"), "dense") or child(attn, *_PROJECTIONS)
     fc1: tuple[Any, ...]
     if (mlp := child(block, "mlp", "ffn")) is None:
         # ViT of version 4: intermediate.dense, intermediate.intermediate_act_fn, output.dense.
@@ -91,7 +95,7 @@ def _layers(block: nn.Module) -> _Layers:
         fc1, activation, fc2 = (up,), child(mlp, "act_fn"), child(mlp, "down_proj")
     else:
         fc1, activation, fc2 = (child(mlp, "fc1"),), child(mlp, "activation_fn", "activation"), child(mlp, "fc2")
-    return _Layers(outer, attn, q, k, v, proj, fc1, activation, fc2)
+    return _Layers(outer, attn, qkv, proj, fc1, activation, fc2)
 
 
 def _norms(block: nn.Module) -> tuple[Any, Any]:
@@ -110,7 +114,7 @@ def matches(block: nn.Module) -> bool:
     outer = child(block, "attention", "self_attn")
     if outer is None or None in _norms(block):
         return False
-    return child(child(outer, "attention") or outer, "q_proj", "query") is not None
+    return child(child(outer, "attention") or outer, "q_proj", "query", "qkv") is not None
 
 
 def check(block: Any) -> None:
@@ -128,10 +132,11 @@ def check(block: Any) -> None:
     if layers.outer is not layers.attn:
         check_contents(layers.outer, {"attention", "output"}, "attention")
         check_contents(layers.outer.output, {"dense", "dropout"}, "attention")
-    names = {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key", "value"}
-    check_contents(layers.attn, names | {"projection_layer", "projection_dropout"}, "attention")
-    for name, module in (("query", layers.q), ("key", layers.k), ("value", layers.v), ("output", layers.proj)):
+    names = {"q_proj", "k_proj", "v_proj", "query", "key", "value", "qkv", *_PROJECTIONS}
+    check_contents(layers.attn, names | {"dropout", "projection_dropout"}, "attention")
+    for name, module in zip(("query", "key", "value") if len(layers.qkv) == 3 else ("qkv",), layers.qkv, strict=True):
         check_linear(module, f"{name} projection")
+    check_linear(layers.proj, "output projection")
     check_layer_scale(getattr(block, "layer_scale1", None), "lambda1")
     check_layer_scale(getattr(block, "layer_scale2", None), "lambda1")
 
@@ -146,7 +151,7 @@ def check(block: Any) -> None:
 
 
 def read(block: nn.Module) -> BlockParts:
-    outer, attn, q, k, v, proj, fc1, activation, fc2 = _layers(block)
+    outer, attn, qkv, proj, fc1, activation, fc2 = _layers(block)
     if _setting(attn, "is_causal"):
         raise NotServed("attention is causal")
     config = _setting(attn, "config")
@@ -163,7 +168,7 @@ def read(block: nn.Module) -> BlockParts:
             drops.append(dropout(module))
     return BlockParts(
         norm1=norm1,
-        qkv=(linear(q), linear(k), linear(v)),
+        qkv=tuple(map(linear, qkv)),
         num_heads=_setting(attn, "num_attention_heads", "num_heads"),
         scale=_setting(attn, "scaling", "scale"),
         q_norm=None,

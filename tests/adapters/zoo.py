@@ -110,6 +110,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "hf dinov3": hf("DINOv3ViTModel", "DINOv3ViTConfig", num_register_tokens=4, pos_embed_rescale=None),
     "hf dinov3 gated": hf("DINOv3ViTModel", "DINOv3ViTConfig", use_gated_mlp=True, hidden_act="silu", key_bias=True),
+    "hf blip": hf("BlipVisionModel", "BlipVisionConfig"),
+    "hf blip 2": hf("Blip2VisionModel", "Blip2VisionConfig"),
     "hf aimv2": hf("Aimv2VisionModel", "Aimv2VisionConfig"),
     "hf internvl": hf("InternVLVisionModel", "InternVLVisionConfig", image_size=(32, 32), patch_size=(8, 8)),
     "hf internvl rms norm": hf(
