@@ -79,7 +79,7 @@ FAMILIES = (
         "AIMv2, InternVL and BLIP vision",
         "transformers 4.57, 5",
         "Aimv2VisionModel, InternVLVisionModel, BlipVisionModel, Blip2VisionModel",
-        "RMSNorm, gated MLP; with norms of q and k (InternVL of 6B) as they are",
+        "RMSNorm, gated MLP; InternVL of 6B, with norms of q and k, stays as it is",
     ),
     Family("ViT", "torchvision", "vit_b_16 ... vit_h_14", "nn.MultiheadAttention"),
     Family(

@@ -106,7 +106,8 @@ def _norms(block: nn.Module) -> tuple[Any, Any]:
 
 
 def _layer_scale(block: nn.Module, half: int) -> Any:
-    own: Any = getattr(block, f"lambda_{half}", None)
+    name = f"lambda_{half}"  # of the block itself; DataParallel's replicas have it as an attribute
+    own = block._parameters.get(name, block.__dict__.get(name))
     return layer_scale(child(block, f"layer_scale{half}"), "lambda1") if own is None else own
 
 

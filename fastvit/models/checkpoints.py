@@ -237,7 +237,9 @@ def _open_clip(state: State) -> State:
     """The image tower of open_clip's models and of the original CLIP code."""
     tower = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
     state = _rename(tower or state, _OPEN_CLIP)
-    state["cls_token"], state["pos_embed"] = state["cls_token"].view(1, 1, -1), state["pos_embed"][None]
+    for key, ndim in (("cls_token", 1), ("pos_embed", 2)):
+        if (value := state.get(key)) is not None and value.ndim == ndim:
+            state[key] = value.view(1, -1, value.shape[-1])
     if (head := state.get("head.weight")) is not None:
         state["head.weight"], state["head.bias"] = head.T.contiguous(), torch.zeros(head.shape[1])
     return state

@@ -304,3 +304,18 @@ def test_a_scripted_model_is_left():
 def test_attention_pooling_is_reported_and_does_not_break_strict(name):
     model = fastvit.optimize(zoo.make(name), strict=True)
     assert [r.detail for r in fastvit.report(model).skipped] == ["attention pooling runs as it was"]
+
+
+def test_meta_buffers():
+    """EVA-02's zero bias of k is a buffer: a trial must not read what happens to lie in memory."""
+    with torch.device("meta"):
+        model = zoo.MODELS["timm eva02"]()
+    assert any(b.is_meta for b in model.blocks.buffers())
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)  # then new memory is NaN
+    try:
+        fastvit.optimize(model, strict=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
