@@ -62,7 +62,7 @@ def check(block: Any) -> None:
     check_mlp(block.mlp)
 
 
-def _qkv(attn: nn.Module) -> tuple[tuple[Projection, ...], tuple[Tensor, ...]]:
+def read_qkv(attn: nn.Module) -> tuple[tuple[Projection, ...], tuple[Tensor, ...]]:
     """The projections, and the biases that the one of a packed qkv is put together from."""
     if (qkv := child(attn, "qkv")) is None:
         return tuple(linear(child(attn, name)) for name in _PROJECTIONS), ()
@@ -73,7 +73,7 @@ def _qkv(attn: nn.Module) -> tuple[tuple[Projection, ...], tuple[Tensor, ...]]:
 def read(block: nn.Module) -> BlockParts:
     attn: Any = child(block, "attn")
     mlp = child(block, "mlp")
-    qkv, biases = _qkv(attn)
+    qkv, biases = read_qkv(attn)
     fc1, activation = read_mlp(mlp)
     drops = (child(attn, "attn_drop"), child(attn, "proj_drop"), child(mlp, "drop1"), child(mlp, "drop2"))
     return BlockParts(

@@ -31,7 +31,7 @@ def choose_quantization(block: nn.Module, read: Any) -> Quantization:
     ):
         twin = isolated_copy(block, torch.float32)
         parts: BlockParts = read(twin)
-        errors = _errors(parts, _synthetic_tokens(parts.qkv[0][0].shape[1]))
+        errors = _errors(parts, _synthetic_tokens(parts))
     chosen = {name: "int8" if error <= LIMIT else None for name, error in errors.items()}
     notes = tuple(
         (name, f"int8 error {error:.1%} on synthetic tokens, limit {LIMIT:.0%}".replace("%", " %"))
@@ -41,10 +41,11 @@ def choose_quantization(block: nn.Module, read: Any) -> Quantization:
     return Quantization(**chosen, notes=notes)
 
 
-def _synthetic_tokens(features: int) -> Tensor:
+def _synthetic_tokens(p: BlockParts) -> Tensor:
     """(1, N, D): Gaussian, with massive channels as a deep ViT's residual stream has, and one massive token."""
+    tokens, features = _TOKENS if p.bias is None else p.bias.shape[-1], p.qkv[0][0].shape[1]
     generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(1, _TOKENS, features, generator=generator, device="cpu")
+    x = torch.randn(1, tokens, features, generator=generator, device="cpu")
     channels = torch.randperm(features, generator=generator, device="cpu")[:_MASSIVE_CHANNELS]
     x[..., channels] *= _CHANNEL_FACTOR
     x[:, 0] *= _TOKEN_FACTOR

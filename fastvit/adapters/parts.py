@@ -74,6 +74,7 @@ class BlockParts(NamedTuple):
     rope_interleaved: bool = False
     rope_prefix: int | None = None  # how many first tokens are not rotated; None: those that the angles don't cover
     copied: tuple[Tensor, ...] = ()  # what a tensor above was copied from
+    bias: Tensor | None = None  # (1, num_heads, N, N), added to the scores of N tokens
 
 
 class Readout(NamedTuple):
@@ -117,6 +118,7 @@ def run_block(p: BlockParts, x: Tensor, tokens: int | None = None, angles: Angle
             *p.proj,
             num_heads=p.num_heads,
             scale=p.scale,
+            bias=p.bias,
             rope=angles,
             rope_interleaved=p.rope_interleaved,
             **norm1,
@@ -160,8 +162,9 @@ def heads(
         q = p.q_norm(q)
     if p.k_norm is not None:
         k = p.k_norm(k)
+    bias = None if p.bias is None else p.bias[:, :, :tokens]
     out = ops.attention(
-        q, k.to(q.dtype), v.to(q.dtype), scale=p.scale, rope=angles, rope_interleaved=p.rope_interleaved
+        q, k.to(q.dtype), v.to(q.dtype), scale=p.scale, bias=bias, rope=angles, rope_interleaved=p.rope_interleaved
     )
     return out if p.proj_norm is None else p.proj_norm(out)
 
@@ -212,6 +215,8 @@ def block_obstacle(p: BlockParts, x: Any, angles: Angles | None = None) -> str |
         return obstacle
     if angles is not None and p.rope_prefix is not None and angles[0].shape[0] + p.rope_prefix != x.shape[1]:
         return f"rotary positions for {angles[0].shape[0]} of {x.shape[1]} tokens, {p.rope_prefix} not rotated"
+    if p.bias is not None and p.bias.shape[-1] != x.shape[1]:
+        return f"position biases for {p.bias.shape[-1]} tokens, not {x.shape[1]}"
     return training_obstacle(p) or mode_obstacle()
 
 

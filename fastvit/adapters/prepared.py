@@ -49,7 +49,7 @@ def prepare(block: nn.Module, inner: list[nn.Module], parts: BlockParts, x: Tens
     if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in modules):
         return
     norms = (parts.q_norm, parts.k_norm, parts.proj_norm, parts.fc2_norm)
-    if norms != (None,) * 4 or len(parts.fc1) != 1 or not _is_plain_inference(x):
+    if norms != (None,) * 4 or len(parts.fc1) != 1 or parts.bias is not None or not _is_plain_inference(x):
         return
     if any(drop_path is not None and drop_path.training for drop_path in (parts.drop_path1, parts.drop_path2)):
         return

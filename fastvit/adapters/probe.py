@@ -153,6 +153,8 @@ def _run_both_ways(
         weight = parts.qkv[0][0]
         prefix = 1 if parts.rope_prefix is None else parts.rope_prefix
         tokens += prefix if tokens <= prefix else 0
+        if parts.bias is not None:
+            tokens = parts.bias.shape[-1]
         x = torch.randn(batch, tokens, weight.shape[1], dtype=torch.float64, device="cpu").to(weight.dtype)
         if massive:
             x[..., 0] *= 100.0

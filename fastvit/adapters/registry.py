@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvit.adapters import eva, open_clip, timm, torchvision, transformers
+from fastvit.adapters import beit, eva, open_clip, timm, torchvision, transformers
 from fastvit.adapters.parts import (
     BlockParts,
     NotServed,
@@ -33,7 +33,7 @@ from fastvit.ops import use_backend
 # NotServed for a structure that it can't express; read(block) -> BlockParts, at every call; ROPE, how blocks are told
 # rotary positions, or None.  And of whole models: CLASSIFIERS, (module, name) of classes whose head reads the first
 # tokens; readout(model) -> Readout or None, likewise.
-ADAPTERS: tuple[ModuleType, ...] = (eva, timm, transformers, torchvision, open_clip)
+ADAPTERS: tuple[ModuleType, ...] = (eva, beit, timm, transformers, torchvision, open_clip)
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ FAMILIES = (
         "eva02_*, vit_*_rope_*, vit_pe_*",
         "norms inside a block too; mixed RoPE and eva02_enormous (post-norm) stay as they are",
     ),
+    Family("BEiT, BEiT v2", "timm", "beit_*, beitv2_*", "relative positions for the image size that the model has"),
     Family(
         "Sapiens2, and the image towers of Qwen3 and DeepSeek",
         "timm",
@@ -148,7 +149,7 @@ def _refusal(parts: BlockParts) -> str | None:
     weight = parts.qkv[0][0]
     if weight.is_meta:
         return None
-    x = weight.new_empty(0, 1, weight.shape[1])
+    x = weight.new_empty(0, 1 if parts.bias is None else parts.bias.shape[-1], weight.shape[1])
     weights = tuple(t for projection in (*parts.qkv, parts.proj, *parts.fc1, parts.fc2) for t in projection)
     if obstacle := input_obstacle(x, weights, 3):
         return obstacle

@@ -228,7 +228,6 @@ def test_a_forward_on_a_block_instance_is_left():
     [
         lambda: timm_model("eva02_enormous_patch14_clip_224", depth=1, embed_dim=112, num_heads=1, img_size=28),
         lambda: import_library("timm.models.eva").EvaBlock(64, 2, gated_attn=True),
-        lambda: timm_model("beit_base_patch16_224", depth=1, embed_dim=96, num_heads=3, img_size=32),
         lambda: timm_model("vit_relpos_small_patch16_224", depth=1, embed_dim=96, num_heads=3, img_size=32),
         lambda: timm_model("cait_xxs24_224", depth=1, img_size=32),
         lambda: timm_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1), embed_dim=24),

@@ -86,6 +86,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm dinov3 swiglu": timm_named("vit_small_plus_patch16_dinov3", patch_size=8, **EVA),
     "timm eva02": timm_named("eva02_tiny_patch14_224", patch_size=8, **EVA),
     "timm eva02 inner norms": timm_named("eva02_base_patch14_224", patch_size=8, scale_attn_inner=True, **EVA),
+    "timm beit": timm_named("beit_base_patch16_224", patch_size=8, **EVA),
+    "timm beit inner norm": timm_named("beitv2_base_patch16_224", patch_size=8, swiglu_mlp=True, scale_mlp=True, **EVA),
     "timm sapiens2": timm_named("vit_base_patch16_sapiens2", patch_size=8, num_kv_heads=2, **EVA),
     "timm qwen3": timm_named("qwen3_vit_88m", patch_size=8, num_classes=64, **EVA),
     "timm deepseek": timm_named("deepseek_vit_412m", patch_size=8, num_classes=64, **EVA),
