@@ -182,17 +182,28 @@ def _judge_callers(cls: type[nn.Module], adapter: Any, path: str, model: nn.Modu
         name = type(caller).__name__
         # What makes a position bias for all blocks goes by the name under which they take it.
         given = [d for d in others if isinstance(getattr(caller, d, None), (nn.Module, Tensor))]
+        if given and all(_is_causal(getattr(caller, d)) for d in given):
+            return _called_with_a_causal_mask(name)
         if given:
-            # A text tower, which nobody asks for.
-            mask = all(d.endswith("mask") for d in given)
-            return Verdict(reason=f"{name} calls it with {', '.join(given)}", strict=not mask)
+            return Verdict(reason=f"{name} calls it with {', '.join(given)}")
         # timm's name for angles that each head has of its own (Heo et al. 2024).
         if rope is not None and getattr(caller, "rope_mixed", False):
             return Verdict(reason=f"{name} calls it with a rotation of its own for each head")
         code = getattr(inspect.unwrap(type(caller).forward), "__code__", None)
         if code is not None and any(re.search("create_.*causal_.*mask", called) for called in code.co_names):
-            return Verdict(reason=f"{name} calls it with a causal mask", strict=False)
+            return _called_with_a_causal_mask(name)
     return None
+
+
+def _is_causal(mask: Any) -> bool:
+    """Does this tensor keep each token from the later ones, and from no other?"""
+    if not isinstance(mask, Tensor) or mask.is_meta or not mask.is_floating_point():
+        return False
+    return mask.ndim == 2 and torch.equal(mask.isneginf(), torch.ones_like(mask, dtype=torch.bool).triu(1))
+
+
+def _called_with_a_causal_mask(name: str) -> Verdict:
+    return Verdict(reason=f"{name} calls it with a causal mask", strict=False)  # a text tower, which nobody asks for
 
 
 def required_mask(cls: type[nn.Module], path: str, model: nn.Module) -> str | None:

@@ -20,68 +20,69 @@ TEXT = {"context_length": 9, "vocab_size": 120, "width": 64, "heads": 2, "layers
 IDS = torch.randint(1, 119, (2, 9), generator=nasty.generator())
 
 
-def clip(kind: str = "CLIP", text: dict | None = None, **options) -> nn.Module:
+def build(kind: str, *configs: dict, **options) -> nn.Module:
     torch.manual_seed(0)
-    made = getattr(import_library("open_clip"), kind)(64, VISION, TEXT if text is None else text, **options)
-    return nasty.randomize(made).eval()
+    return nasty.randomize(getattr(import_library("open_clip"), kind)(64, *configs, **options)).eval()
 
 
-def statuses(model: nn.Module, path: str) -> set[str]:
-    return {r.status for r in fastvit.report(model).rows if path in r.path}
+def agrees(model: nn.Module) -> None:
+    """Features of images and texts, before and after."""
+    x = zoo.image(model)
+    truth = run(copy.deepcopy(model).double(), x.double(), text=IDS)
+    fastvit.optimize(model, strict=True)
+    actual = run(model, x, text=IDS)
+    assert actual.keys() == truth.keys() and len(truth) >= 3
+    for key, out in actual.items():
+        assert relative_l2(out, truth[key]) < FLOAT32, key
+
+
+def details(model: nn.Module, path: str) -> set[str]:
+    """The status of the rows under a path, or why they were left."""
+    rows = [r for r in fastvit.report(model).rows if r.path.startswith(path)]
+    return {r.detail if r.status == "left" else r.status for r in rows}
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_both_towers(quick_gelu):
-    model = clip(quick_gelu=quick_gelu)
-    x = zoo.image(model)
-    truth = run(copy.deepcopy(model).double(), x.double(), text=IDS)
-    fastvit.optimize(model, strict=True)
-    for key, out in run(model, x, text=IDS).items():
-        assert relative_l2(out, truth[key]) < FLOAT32, key
-    assert statuses(model, "visual") == {"fused"}
-    texts = [r for r in fastvit.report(model).rows if r.path.startswith("transformer.resblocks")]
-    assert [r.detail for r in texts] == ["CLIP calls it with attn_mask"] * 2
+    model = build("CLIP", VISION, TEXT, quick_gelu=quick_gelu)
+    agrees(model)
+    assert details(model, "visual.") == {"fused"}
+    assert details(model, "transformer.") == {"CLIP calls it with a causal mask"}
 
 
 def test_a_text_tower_without_a_mask():
-    model = clip("CustomTextCLIP", {**TEXT, "no_causal_mask": True, "pool_type": "last"})
-    x = zoo.image(model)
-    truth = run(copy.deepcopy(model).double(), x.double(), text=IDS)
-    fastvit.optimize(model, strict=True)
-    for key, out in run(model, x, text=IDS).items():
-        assert relative_l2(out, truth[key]) < FLOAT32, key
-    assert statuses(model, "text.transformer") == {"fused"}
+    model = build("CustomTextCLIP", VISION, {**TEXT, "no_causal_mask": True, "pool_type": "last"})
+    agrees(model)
+    assert details(model, "text.") == {"fused"}
+
+
+def test_another_mask_is_not_what_strict_overlooks():
+    model = build("CLIP", VISION, TEXT)
+    model.attn_mask[0, -1] = 0.0
+    with pytest.raises(fastvit.UnsupportedModelError, match="CLIP calls it with attn_mask"):
+        fastvit.optimize(model, strict=True)
 
 
 def test_a_decoder_reads_the_image_tower():
     """CoCa's cross attention takes keys from elsewhere, and its attentional pool reads all tokens."""
-    decoder = {**TEXT, "context_length": 9, "attn_pooler_heads": 2}
-    options = {"attentional_pool": True, "attn_pooler_queries": 7, "attn_pooler_heads": 2, "output_tokens": True}
-    open_clip = import_library("open_clip")
-    torch.manual_seed(0)
-    made = open_clip.CoCa(64, decoder, {**TEXT, "embed_cls": True, "output_tokens": True}, {**VISION, **options})
-    model = nasty.randomize(made).eval()
-    x = zoo.image(model)
-    expected = run(model, x, text=IDS)
-    fastvit.optimize(model, strict=True)
-    actual = run(model, x, text=IDS)
-    assert expected.keys() == actual.keys() and len(expected) >= 3
-    for key, out in actual.items():
-        assert relative_l2(out, expected[key]) < FLOAT32, key
-    assert statuses(model, "visual") == {"fused"}
-    assert statuses(model, "text_decoder") == {"left"}
+    pool = {"attentional_pool": True, "attn_pooler_queries": 7, "attn_pooler_heads": 2, "output_tokens": True}
+    text = {**TEXT, "embed_cls": True, "output_tokens": True}
+    model = build("CoCa", {**TEXT, "attn_pooler_heads": 2}, text, {**VISION, **pool})
+    agrees(model)
+    assert details(model, "visual.") == {"fused"}
+    assert details(model, "text_decoder.") == {"MultimodalTransformer calls it with a causal mask"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_keeps_norms_in_float32(dtype):
     """As `open_clip.create_model(precision="bf16")` does: LayerNormFp32 runs in no other dtype."""
     open_clip = import_library("open_clip")
-    model = clip(cast_dtype=dtype)
+    model = build("CLIP", VISION, TEXT, cast_dtype=dtype)
     open_clip.convert_weights_to_lp(model, dtype)
     visual = model.visual
     assert type(visual.ln_post).__name__ == "LayerNormFp32" and visual.ln_post.weight.dtype == torch.float32
     x = zoo.image(visual).to(dtype)
-    plain = clip().visual
+    plain = build("CLIP", VISION, TEXT).visual
     plain.load_state_dict(visual.state_dict())
     truth, eager = run(plain.double(), x.double())["output"], run(visual, x)["output"]
     fastvit.optimize(visual, strict=True)
