@@ -128,7 +128,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 ONE_OF_EACH = [
     "timm vit", "timm dinov3 biases", "hf vit", "hf clip", "hf dinov2", "hf dinov3", "torchvision vit",
-    "open_clip clip",
+    "open_clip clip", "timm beit",
 ]  # fmt: skip
 
 
