@@ -123,6 +123,13 @@ def _join(state: State, parts: str, whole: str) -> State:
     return state
 
 
+def _batch(state: State) -> None:
+    """Class token and positions as timm has them, (1, N, D)."""
+    for key, ndim in (("cls_token", 1), ("pos_embed", 2)):
+        if (value := state.get(key)) is not None and value.ndim == ndim:
+            state[key] = value.reshape(1, -1, value.shape[-1])
+
+
 def _timm(state: State) -> State:
     return state
 
@@ -194,7 +201,7 @@ _TRANSFORMERS_DROP = (
 def _transformers(state: State) -> State:
     projection = state.get("visual_projection.weight")
     state = _rename(state, _TRANSFORMERS, _TRANSFORMERS_DROP)
-    if projection is not None:
+    if projection is not None:  # CLIP's has no bias
         state["head.bias"] = torch.zeros(len(projection))
     state = _join(state, "q_proj k_proj v_proj", "qkv")
     state = _join(state, "gate_proj up_proj", "fc1")
@@ -202,10 +209,7 @@ def _transformers(state: State) -> State:
         if (packed := state.pop(f"attn_pool.in_proj.{leaf}", None)) is not None:
             dim = packed.shape[0] // 3
             state[f"attn_pool.q.{leaf}"], state[f"attn_pool.kv.{leaf}"] = packed[:dim], packed[dim:]
-    if (token := state.get("cls_token")) is not None and token.ndim == 1:
-        state["cls_token"] = token.view(1, 1, -1)
-    if (positions := state.get("pos_embed")) is not None and positions.ndim == 2:
-        state["pos_embed"] = positions[None]
+    _batch(state)
     # Dinov2ForImageClassification's head sees class token and mean patch token side by side.
     head, positions = state.get("head.weight"), state.get("pos_embed")
     if head is not None and positions is not None and head.shape[1] == 2 * positions.shape[-1]:
@@ -237,9 +241,7 @@ def _open_clip(state: State) -> State:
     """The image tower of open_clip's models and of the original CLIP code."""
     tower = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
     state = _rename(tower or state, _OPEN_CLIP)
-    for key, ndim in (("cls_token", 1), ("pos_embed", 2)):
-        if (value := state.get(key)) is not None and value.ndim == ndim:
-            state[key] = value.view(1, -1, value.shape[-1])
+    _batch(state)
     if (head := state.get("head.weight")) is not None:
         state["head.weight"], state["head.bias"] = head.T.contiguous(), torch.zeros(head.shape[1])
     return state
@@ -270,8 +272,7 @@ def _jax(state: State) -> State:
         result[name] = value.contiguous()
     result = _join(result, "q_proj k_proj v_proj", "qkv")
     result = _join(result, "map_key map_value", "kv")
-    if (positions := result.get("pos_embed")) is not None and positions.ndim == 2:
-        result["pos_embed"] = positions[None]
+    _batch(result)
     return result
 
 

@@ -188,7 +188,7 @@ def spread(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that products run in under autocast, or None outside it (and for float64, which autocast leaves)."""
-    device = "cpu" if x.is_cpu else x.device.type  # a string that is made anew, in two microseconds
+    device = "cpu" if x.is_cpu else x.device.type  # which makes a string at every call
     if device == "meta":  # which autocast does not know
         return None
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
